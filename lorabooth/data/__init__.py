@@ -1,1 +1,1 @@
-"""Room."""
+"""Photos and captions -> cached latents and text embeddings -> batches."""

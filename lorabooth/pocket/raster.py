@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Plane: TypeAlias = NDArray[np.float32]
+Plane: TypeAlias = NDArray[np.floating[Any]]
 Rgb: TypeAlias = tuple[float, float, float]
 
 F32 = np.float32
@@ -211,8 +211,16 @@ class Canvas:
         left, right = max(int(ox + k * min(xs)) - 2, 0), max(int(ox + k * max(xs)) + 3, 0)
         top, bottom = max(int(oy - k * max(ys)) - 2, 0), max(int(oy - k * min(ys)) + 3, 0)
         cut = (slice(top, bottom), slice(left, right))
-        return Canvas(self.u[cut], self.v[cut], self.rgb[:, *cut], self.alpha[cut], self.pixel, self.light,
-                      self.pattern, (ox - left, oy - top, k, cos, sin, mirror))
+        return Canvas(
+            self.u[cut],
+            self.v[cut],
+            self.rgb[:, *cut],
+            self.alpha[cut],
+            self.pixel,
+            self.light,
+            self.pattern,
+            (ox - left, oy - top, k, cos, sin, mirror),
+        )
 
     def cover(self, distance: Plane) -> Plane:
         """Return the coverage in [0, 1] of the shape with this signed distance."""
@@ -261,8 +269,17 @@ class Canvas:
         u, v = w.u - cu, w.v - cv
         w.paint(w.cover(np.sqrt(u * u + v * v) - radius), column(rgb))
 
-    def box(self, cu: float, cv: float, half_u: float, half_v: float, radius: float, rgb: Rgb | None,
-            gloss: float = 0.15, flat: bool = False) -> None:
+    def box(
+        self,
+        cu: float,
+        cv: float,
+        half_u: float,
+        half_v: float,
+        radius: float,
+        rgb: Rgb | None,
+        gloss: float = 0.15,
+        flat: bool = False,
+    ) -> None:
         """Paint a rounded box, lit as a slightly bulging front, or flat."""
         w = self.window(cu - half_u, cu + half_u, cv - half_v, cv + half_v)
         u, v = w.u - cu, w.v - cv
@@ -272,11 +289,21 @@ class Canvas:
         else:
             w._fill(distance, u * (0.6 / half_u), v * (0.5 / half_v), rgb, gloss)
 
-    def stroke(self, start: tuple[float, float], end: tuple[float, float], radius: float, rgb: Rgb,
-               flat: bool = False) -> None:
+    def stroke(
+        self,
+        start: tuple[float, float],
+        end: tuple[float, float],
+        radius: float,
+        rgb: Rgb,
+        flat: bool = False,
+    ) -> None:
         """Paint a round-ended line, lit as a rod, or flat."""
-        w = self.window(min(start[0], end[0]) - radius, max(start[0], end[0]) + radius,
-                        min(start[1], end[1]) - radius, max(start[1], end[1]) + radius)
+        w = self.window(
+            min(start[0], end[0]) - radius,
+            max(start[0], end[0]) + radius,
+            min(start[1], end[1]) - radius,
+            max(start[1], end[1]) + radius,
+        )
         distance = sd_segment(w.u, w.v, start, end) - radius
         if flat:
             w.paint(w.cover(distance), column(rgb))
@@ -287,7 +314,9 @@ class Canvas:
         across = np.minimum(np.maximum(across, F32(-0.9)), F32(0.9))
         w._fill(distance, across * (dv / length), across * (-du / length), rgb, 0.15)
 
-    def poly(self, points: list[tuple[float, float]], radius: float, rgb: Rgb | None, gloss: float = 0.15) -> None:
+    def poly(
+        self, points: list[tuple[float, float]], radius: float, rgb: Rgb | None, gloss: float = 0.15
+    ) -> None:
         """Paint a polygon grown by `radius` with round corners, lit as a slightly bulging front."""
         us, vs = [p[0] for p in points], [p[1] for p in points]
         u0, u1, v0, v1 = min(us) - radius, max(us) + radius, min(vs) - radius, max(vs) + radius
@@ -296,7 +325,9 @@ class Canvas:
         nv = (w.v - (v0 + v1) / 2) * (1.0 / (v1 - v0))
         w._fill(sd_polygon(w.u, w.v, points) - radius, nu, nv, rgb, gloss)
 
-    def ring(self, cu: float, cv: float, a: float, b: float, thickness: float, rgb: Rgb, flat: bool = False) -> None:
+    def ring(
+        self, cu: float, cv: float, a: float, b: float, thickness: float, rgb: Rgb, flat: bool = False
+    ) -> None:
         """Paint an elliptic ring of half width `thickness` around the ellipse (a, b), lit as a torus, or flat."""
         t = thickness
         w = self.window(cu - a - t, cu + a + t, cv - b - t, cv + b + t)
@@ -310,8 +341,13 @@ class Canvas:
         w._fill(np.abs(off) - t, across * u, across * v, rgb, 0.25)
 
 
-def make_canvas(bounds: tuple[float, float, float, float], pixels_per_unit: float, rotation_rad: float, mirror: bool,
-                **fields: Any) -> Canvas:
+def make_canvas(
+    bounds: tuple[float, float, float, float],
+    pixels_per_unit: float,
+    rotation_rad: float,
+    mirror: bool,
+    **fields: Any,
+) -> Canvas:
     """Return an empty canvas just large enough for `bounds` (u0, u1, v0, v1) turned by `rotation_rad`."""
     u0, u1, v0, v1 = bounds
     cos, sin, f = math.cos(rotation_rad), math.sin(rotation_rad), -1.0 if mirror else 1.0
@@ -322,6 +358,12 @@ def make_canvas(bounds: tuple[float, float, float, float], pixels_per_unit: floa
     width, height = ox + math.ceil(k * max(xs)) + 2, oy + math.ceil(-k * min(ys)) + 2
     x = ((np.arange(width, dtype=F32) + F32(0.5 - ox)) * F32(1 / k))[None, :]
     y = ((F32(oy - 0.5) - np.arange(height, dtype=F32)) * F32(1 / k))[:, None]
-    return Canvas(u=(x * cos + y * sin) * f, v=y * cos - x * sin,
-                  rgb=np.zeros((3, height, width), dtype=F32), alpha=np.zeros((height, width), dtype=F32),
-                  pixel=1.0 / k, frame=(float(ox), float(oy), k, cos, sin, f), **fields)
+    return Canvas(
+        u=(x * cos + y * sin) * f,
+        v=y * cos - x * sin,
+        rgb=np.zeros((3, height, width), dtype=F32),
+        alpha=np.zeros((height, width), dtype=F32),
+        pixel=1.0 / k,
+        frame=(float(ox), float(oy), k, cos, sin, f),
+        **fields,
+    )

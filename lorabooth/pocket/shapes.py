@@ -6,13 +6,13 @@ A body fills roughly [-1, 1] squared, stands on v = -0.9 and faces or points its
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
+from lorabooth.pocket.creatures import cat, duck, fish
+from lorabooth.pocket.parts import GLASS, INK, WHITE, WOOD, Anchors, Look, darker, limited
 from lorabooth.pocket.raster import (
     Canvas,
-    Plane,
     Rgb,
     clip01,
     column,
@@ -23,50 +23,6 @@ from lorabooth.pocket.raster import (
     smooth_union,
 )
 
-INK: Rgb = (0.10, 0.09, 0.11)
-WHITE: Rgb = (0.97, 0.97, 0.95)
-GLASS: Rgb = (0.62, 0.83, 0.95)
-WOOD: Rgb = (0.47, 0.31, 0.19)
-BEAK: Rgb = (0.98, 0.60, 0.10)
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What a shape function may use of a specimen: six proportions in [0, 1] and its colours."""
-
-    p: tuple[float, ...]
-    body: Rgb
-    second: Rgb
-    trim: Rgb
-
-
-@dataclass(frozen=True, slots=True)
-class Anchors:
-    """Where things are attached, as (u, v, half width) in object coordinates."""
-
-    top: tuple[float, float, float]
-    neck: tuple[float, float, float]
-    face: tuple[float, float, float]
-    mark: tuple[float, float, float]
-
-
-def _dark(rgb: Rgb, amount: float = 0.35) -> Rgb:
-    return mix_rgb(rgb, (0.05, 0.04, 0.07), amount)
-
-
-def _limited(values: Plane) -> Plane:
-    return np.minimum(np.maximum(values, np.float32(-0.98)), np.float32(0.98))
-
-
-def _eye(c: Canvas, u: float, v: float, radius: float, iris: Rgb | None = None) -> None:
-    if iris is not None:
-        c.disc(u, v, radius * 1.35, WHITE)
-        c.disc(u, v, radius * 1.05, iris)
-        c.disc(u, v, radius * 0.72, INK)
-    else:
-        c.disc(u, v, radius, INK)
-    c.disc(u + radius * 0.32, v + radius * 0.36, radius * 0.36, WHITE)
-
 
 def mug(c: Canvas, look: Look) -> Anchors:
     """Paint a mug: tapered cylinder, ring handle to the right, open top."""
@@ -74,16 +30,25 @@ def mug(c: Canvas, look: Look) -> Anchors:
     half, top, taper = 0.50 + 0.16 * p[0], 0.55 + 0.3 * p[1], 0.16 * (p[2] - 0.4)
     cu, bulge = -0.2, 0.13
     reach = 0.30 + 0.14 * p[3]
-    c.ring(cu + half * 0.95, (top - 0.95) / 2 + 0.05, reach, reach * (1.0 + 0.5 * p[4]), 0.085 + 0.04 * p[5], look.trim)
+    c.ring(
+        cu + half * 0.95,
+        (top - 0.95) / 2 + 0.05,
+        reach,
+        reach * (1.0 + 0.5 * p[4]),
+        0.085 + 0.04 * p[5],
+        look.trim,
+    )
     u = c.u - cu
     width = half * (1.0 + taper * c.v)
-    nu = _limited(u / width)
+    nu = limited(u / width)
     curve = bulge * np.sqrt(1.0 - nu * nu)
     d = np.maximum(np.abs(u) - width, np.maximum(-0.78 - (c.v + curve), c.v - top))
     c.paint(c.cover(d), c.lit(nu * 0.95, 0.08 * nu, c.body(np.arcsin(nu) * half, c.v + curve)))
     rim = half * (1.0 + taper * top)
     c.ellipse(cu, top, rim + 0.02, bulge + 0.02, look.trim, gloss=0.1)
-    c.ellipse(cu, top - 0.01, rim - 0.09, bulge - 0.045, _dark(mix_rgb(look.body, WOOD, 0.5), 0.45), gloss=0.0)
+    c.ellipse(
+        cu, top - 0.01, rim - 0.09, bulge - 0.045, darker(mix_rgb(look.body, WOOD, 0.5), 0.45), gloss=0.0
+    )
     return Anchors((cu, top, rim), (cu, top - 0.42, half), (cu, 0.1, half), (cu, -0.2, 0.27))
 
 
@@ -96,14 +61,21 @@ def ball(c: Canvas, look: Look) -> Anchors:
     stretch = 1.0 + 0.32 * np.minimum(square, 1) ** 2
     albedo = c.body(c.u * stretch, c.v * stretch)
     tilt = 0.9 * (p[0] - 0.5)
-    across = c.v * math.cos(tilt) + c.u * math.sin(tilt) + (p[1] - 0.5) * 0.7 * np.sqrt(np.maximum(1 - square, 0))
+    across = (
+        c.v * math.cos(tilt) + c.u * math.sin(tilt) + (p[1] - 0.5) * 0.7 * np.sqrt(np.maximum(1 - square, 0))
+    )
     belt = c.cover(np.abs(across) - (0.07 + 0.10 * p[2]))
     albedo = albedo + belt * (column(look.trim) - albedo)
     if p[3] > 0.5:
         cap = c.cover(sd_ellipse(c.u, c.v - 0.72, 0.33, 0.14))
         albedo = albedo + cap * (column(look.trim) - albedo)
-    c.paint(c.cover(np.sqrt(c.u * c.u + c.v * c.v) - r), c.lit(_limited(nu) * 0.97, _limited(nv) * 0.97, albedo, 0.5))
-    return Anchors((0.0, 0.74, 0.55), (0.0, -0.42, 0.76), (0.0, 0.2, 0.7), (0.0, 0.36 - 0.5 * p[1] * 0.4, 0.27))
+    c.paint(
+        c.cover(np.sqrt(c.u * c.u + c.v * c.v) - r),
+        c.lit(limited(nu) * 0.97, limited(nv) * 0.97, albedo, 0.5),
+    )
+    return Anchors(
+        (0.0, 0.74, 0.55), (0.0, -0.42, 0.76), (0.0, 0.2, 0.7), (0.0, 0.36 - 0.5 * p[1] * 0.4, 0.27)
+    )
 
 
 def boot(c: Canvas, look: Look) -> Anchors:
@@ -116,10 +88,10 @@ def boot(c: Canvas, look: Look) -> Anchors:
     middle = (cu - half + toe) / 2
     foot = sd_box(c.u - middle, c.v + 0.75 - height, toe - middle, height, height * 0.85)
     d = smooth_union(shaft, np.maximum(foot, -0.78 - c.v), 0.28)
-    nu = _limited(np.where(c.v > -0.25, (c.u - cu) * (0.8 / half), (c.u - middle) * (0.7 / (toe - middle))))
-    nv = _limited((c.v + 0.3) * 0.4)
+    nu = limited(np.where(c.v > -0.25, (c.u - cu) * (0.8 / half), (c.u - middle) * (0.7 / (toe - middle))))
+    nv = limited((c.v + 0.3) * 0.4)
     c.paint(c.cover(d), c.lit(nu * 0.85, nv, c.body(c.u, c.v)))
-    sole = _dark(look.trim, 0.15)
+    sole = darker(look.trim, 0.15)
     c.box(middle + 0.02, -0.81, toe - middle + 0.05, 0.10, 0.07, sole)
     if p[4] > 0.5:
         c.box(cu - half + 0.16, -0.84, 0.18, 0.13, 0.03, sole)
@@ -127,7 +99,9 @@ def boot(c: Canvas, look: Look) -> Anchors:
     for step in range(3):
         v = -0.32 + 0.22 * step
         c.stroke((cu + half * 0.35, v), (cu + half * 0.98, v + 0.05), 0.04, look.trim, flat=True)
-    return Anchors((cu, top + 0.05, half), (cu, 0.1, half), (cu, top - 0.35, half), (cu - half * 0.25, 0.12, 0.22))
+    return Anchors(
+        (cu, top + 0.05, half), (cu, 0.1, half), (cu, top - 0.35, half), (cu - half * 0.25, 0.12, 0.22)
+    )
 
 
 def vase(c: Canvas, look: Look) -> Anchors:
@@ -138,17 +112,17 @@ def vase(c: Canvas, look: Look) -> Anchors:
     rise = (c.v - at) * (1.0 / spread)
     width = neck + (belly - neck) * np.exp(-rise * rise) + lip * clip01((c.v - 0.5) * 2.6) ** 2
     width = width + 0.06 * clip01((-0.72 - c.v) * 6.0)
-    nu = _limited(c.u / width)
+    nu = limited(c.u / width)
     curve = 0.09 * np.sqrt(1.0 - nu * nu)
     d = np.maximum((np.abs(c.u) - width) * 0.8, np.maximum(-0.82 - (c.v + curve * 0.8), c.v - 0.86))
     slope = (belly - neck) * np.exp(-rise * rise) * rise * (1.2 / spread)
     albedo = c.body(np.arcsin(nu) * (0.5 * belly + 0.25), c.v + curve)
     band = c.cover(np.minimum(0.70 - (c.v + curve * 0.5), np.abs(c.v + curve + 0.78) - 0.09))
     albedo = albedo + band * (column(look.trim) - albedo)
-    c.paint(c.cover(d), c.lit(nu * 0.93, _limited(slope * 0.6), albedo, 0.45))
+    c.paint(c.cover(d), c.lit(nu * 0.93, limited(slope * 0.6), albedo, 0.45))
     rim = neck + lip * 0.9
     c.ellipse(0.0, 0.85, rim + 0.05, 0.085, look.trim, gloss=0.1)
-    c.ellipse(0.0, 0.85, rim - 0.03, 0.045, _dark(look.body, 0.7), gloss=0.0)
+    c.ellipse(0.0, 0.85, rim - 0.03, 0.045, darker(look.body, 0.7), gloss=0.0)
     return Anchors((0.0, 0.86, rim + 0.05), (0.0, 0.5, neck + 0.07), (0.0, at + 0.15, belly), (0.0, at, 0.25))
 
 
@@ -157,24 +131,30 @@ def house(c: Canvas, look: Look) -> Anchors:
     p = look.p
     half, eaves, ridge = 0.60 + 0.14 * p[0], 0.0 + 0.2 * p[1], 0.66 + 0.26 * p[2]
     side = 0.36 if p[3] > 0.5 else -0.36
-    c.box(side, (eaves + ridge) / 2 + 0.12, 0.10, 0.30, 0.02, _dark(look.body, 0.3))
-    c.box(side, (eaves + ridge) / 2 + 0.42, 0.14, 0.05, 0.02, _dark(look.trim, 0.3))
+    c.box(side, (eaves + ridge) / 2 + 0.12, 0.10, 0.30, 0.02, darker(look.body, 0.3))
+    c.box(side, (eaves + ridge) / 2 + 0.42, 0.14, 0.05, 0.02, darker(look.trim, 0.3))
     w = c.window(-half, half, -0.9, eaves + 0.1)
-    w.paint(w.cover(sd_box(w.u, w.v - (eaves - 0.8) / 2, half, (eaves + 1.0) / 2, 0.02)),
-            w.lit(w.u * (0.5 / half), w.v * 0.2, w.body(w.u, w.v), 0.0))
+    w.paint(
+        w.cover(sd_box(w.u, w.v - (eaves - 0.8) / 2, half, (eaves + 1.0) / 2, 0.02)),
+        w.lit(w.u * (0.5 / half), w.v * 0.2, w.body(w.u, w.v), 0.0),
+    )
     roof = half + 0.18
-    c.box(0.0, eaves - 0.03, half, 0.06, 0.0, _dark(look.body, 0.55), flat=True)
+    c.box(0.0, eaves - 0.03, half, 0.06, 0.0, darker(look.body, 0.55), flat=True)
     c.poly([(-roof, eaves), (roof, eaves), (0.06 * (p[4] - 0.5), ridge)], 0.05, look.trim)
-    c.stroke((-roof, eaves - 0.02), (roof, eaves - 0.02), 0.045, _dark(look.trim, 0.3), flat=True)
+    c.stroke((-roof, eaves - 0.02), (roof, eaves - 0.02), 0.045, darker(look.trim, 0.3), flat=True)
     frame = WHITE
     c.box(-side * 0.9, -0.58, 0.19, 0.34, 0.05, frame, flat=True)
-    c.box(-side * 0.9, -0.60, 0.145, 0.30, 0.04, _dark(look.trim, 0.45))
+    c.box(-side * 0.9, -0.60, 0.145, 0.30, 0.04, darker(look.trim, 0.45))
     c.disc(-side * 0.9 + 0.08, -0.6, 0.035, (0.95, 0.8, 0.3))
     c.box(side * 0.95, -0.42, 0.20, 0.19, 0.03, frame, flat=True)
     c.box(side * 0.95, -0.42, 0.15, 0.14, 0.02, GLASS if p[5] < 0.6 else (1.0, 0.88, 0.45), flat=True)
     c.stroke((side * 0.95, -0.55), (side * 0.95, -0.29), 0.025, frame, flat=True)
-    return Anchors((0.0, ridge - 0.12, 0.34), (0.0, eaves - 0.12, half + 0.02), (0.0, -0.36, half * 0.9),
-                   (0.0, eaves + (ridge - eaves) * 0.34, 0.22))
+    return Anchors(
+        (0.0, ridge - 0.12, 0.34),
+        (0.0, eaves - 0.12, half + 0.02),
+        (0.0, -0.36, half * 0.9),
+        (0.0, eaves + (ridge - eaves) * 0.34, 0.22),
+    )
 
 
 def car(c: Canvas, look: Look) -> Anchors:
@@ -185,21 +165,42 @@ def car(c: Canvas, look: Look) -> Anchors:
     radius = 0.24 + 0.05 * p[4]
     base, belt = -0.70, -0.36 + hood
     body = sd_box(c.u, c.v - (base + belt) / 2, 1.06, (belt - base) / 2, 0.17)
-    cabin = sd_polygon(c.u, c.v, [(back - 0.12, belt - 0.1), (front + 0.34, belt - 0.1), (front, roof), (back + 0.14, roof)]) - 0.06
+    cabin = (
+        sd_polygon(
+            c.u,
+            c.v,
+            [(back - 0.12, belt - 0.1), (front + 0.34, belt - 0.1), (front, roof), (back + 0.14, roof)],
+        )
+        - 0.06
+    )
     d = smooth_union(body, cabin, 0.12)
-    c.paint(c.cover(d), c.lit(_limited(c.u * 0.45), _limited((c.v + 0.15) * 0.85), c.body(c.u, c.v), 0.45))
+    c.paint(c.cover(d), c.lit(limited(c.u * 0.45), limited((c.v + 0.15) * 0.85), c.body(c.u, c.v), 0.45))
     middle = (front + back) / 2 + 0.05
     low, high = belt + 0.04, roof - 0.05
-    c.poly([(back + 0.04, low), (middle - 0.06, low), (middle - 0.06, high), (back + 0.17, high)], 0.02, GLASS, 0.3)
-    c.poly([(middle + 0.08, low), (front + 0.20, low), (front - 0.01, high), (middle + 0.08, high)], 0.02, GLASS, 0.3)
+    c.poly(
+        [(back + 0.04, low), (middle - 0.06, low), (middle - 0.06, high), (back + 0.17, high)],
+        0.02,
+        GLASS,
+        0.3,
+    )
+    c.poly(
+        [(middle + 0.08, low), (front + 0.20, low), (front - 0.01, high), (middle + 0.08, high)],
+        0.02,
+        GLASS,
+        0.3,
+    )
     c.stroke((-0.98, base + 0.1), (0.98, base + 0.1), 0.06, look.trim)
     c.disc(0.96, belt - 0.13, 0.095, (1.0, 0.93, 0.55))
     c.disc(-0.99, belt - 0.12, 0.07, (0.85, 0.1, 0.1))
     for u in (-0.57, 0.57):
         c.ellipse(u, -0.68, radius + 0.02, radius + 0.02, (0.13, 0.13, 0.15), 0.1)
         c.ellipse(u, -0.68, radius * 0.55, radius * 0.55, look.trim if p[5] > 0.5 else (0.8, 0.8, 0.82), 0.3)
-    return Anchors((middle, roof, 0.42), (middle, belt - 0.06, 0.62), (middle, (low + high) / 2, 0.55),
-                   (0.0, (base + belt) / 2 + 0.06, 0.20))
+    return Anchors(
+        (middle, roof, 0.42),
+        (middle, belt - 0.06, 0.62),
+        (middle, (low + high) / 2, 0.55),
+        (0.0, (base + belt) / 2 + 0.06, 0.20),
+    )
 
 
 def tree(c: Canvas, look: Look) -> Anchors:
@@ -213,7 +214,7 @@ def tree(c: Canvas, look: Look) -> Anchors:
         d = sd_ellipse(c.u, c.v - 0.42, 0.48 + 0.08 * p[5], 0.47)
         for u in (-side, side):
             d = smooth_union(d, np.sqrt((c.u - u) ** 2 + (c.v - low) ** 2) - radius, 0.12)
-        nu, nv = _limited(c.u * 0.95), _limited((c.v - 0.2) * 1.1)
+        nu, nv = limited(c.u * 0.95), limited((c.v - 0.2) * 1.1)
         top, crown = 0.84, 0.5
     else:
         half = 0.62 + 0.14 * p[2]
@@ -222,15 +223,26 @@ def tree(c: Canvas, look: Look) -> Anchors:
             base, tip = -0.42 + 0.36 * index, 0.22 + 0.345 * index
             width = half * (1.0 - 0.24 * index)
             slope = width / (tip - base)
-            d = np.minimum(d, np.maximum((np.abs(c.u) - (tip - c.v) * slope) * 0.7, base - c.v + 0.12 * np.abs(c.u)))
+            d = np.minimum(
+                d, np.maximum((np.abs(c.u) - (tip - c.v) * slope) * 0.7, base - c.v + 0.12 * np.abs(c.u))
+            )
         d = d - 0.03
-        nu = _limited(c.u / (0.2 + half * clip01((0.95 - c.v) * 0.7)))
+        nu = limited(c.u / (0.2 + half * clip01((0.95 - c.v) * 0.7)))
         nv = np.full_like(nu, 0.15)
         top, crown = 0.86, 0.22
     c.paint(c.cover(d), c.lit(nu * 0.9, nv * 0.8, c.body(c.u, c.v), 0.1))
-    for u, v in ((-0.36, 0.0), (0.34, 0.14), (0.0, 0.56)) if p[0] > 0.4 else ((-0.3, -0.34), (0.26, -0.06), (-0.05, 0.38)):
+    for u, v in (
+        ((-0.36, 0.0), (0.34, 0.14), (0.0, 0.56))
+        if p[0] > 0.4
+        else ((-0.3, -0.34), (0.26, -0.06), (-0.05, 0.38))
+    ):
         c.ellipse(u, v, 0.095, 0.095, look.trim, 0.4)
-    return Anchors((0.0, top - 0.05, crown), (0.0, -0.36, trunk + 0.12), (0.0, 0.22, 0.55 if p[0] > 0.4 else 0.4), (0.0, 0.14, 0.2))
+    return Anchors(
+        (0.0, top - 0.05, crown),
+        (0.0, -0.36, trunk + 0.12),
+        (0.0, 0.22, 0.55 if p[0] > 0.4 else 0.4),
+        (0.0, 0.14, 0.2),
+    )
 
 
 def robot(c: Canvas, look: Look) -> Anchors:
@@ -259,7 +271,12 @@ def robot(c: Canvas, look: Look) -> Anchors:
         c.disc(side * head * 0.42, hv + 0.03, 0.085, (0.55, 0.95, 1.0))
         c.disc(side * head * 0.42, hv + 0.03, 0.04, WHITE)
     c.stroke((-head * 0.35, hv - tall * 0.70), (head * 0.35, hv - tall * 0.70), 0.03, INK, flat=True)
-    return Anchors((0.0, hv + tall - 0.02, head), (0.0, shoulder + 0.0, half * 0.85), (0.0, hv + 0.03, head * 0.9), (0.0, -0.22, 0.24))
+    return Anchors(
+        (0.0, hv + tall - 0.02, head),
+        (0.0, shoulder + 0.0, half * 0.85),
+        (0.0, hv + 0.03, head * 0.9),
+        (0.0, -0.22, 0.24),
+    )
 
 
 def clock(c: Canvas, look: Look) -> Anchors:
@@ -278,154 +295,41 @@ def clock(c: Canvas, look: Look) -> Anchors:
         d = sd_box(u, v, r, r, 0.22)
     else:
         d = np.sqrt(u * u + v * v) - r
-    c.paint(c.cover(d), c.lit(_limited(u * 0.95), _limited(v * 0.95), c.body(u, v), 0.35))
+    c.paint(c.cover(d), c.lit(limited(u * 0.95), limited(v * 0.95), c.body(u, v), 0.35))
     c.ring(0.0, cv, inner + 0.02, inner + 0.02, 0.045, look.trim)
     c.disc(0.0, cv, inner, WHITE)
     for step in range(12 if p[3] > 0.5 else 4):
         angle = math.tau * step / (12 if p[3] > 0.5 else 4)
         c.disc(math.sin(angle) * inner * 0.80, cv + math.cos(angle) * inner * 0.80, 0.035, INK)
     for angle, length, width in ((p[4] * math.tau, 0.42, 0.05), (p[5] * math.tau, 0.66, 0.034)):
-        c.stroke((0.0, cv), (math.sin(angle) * inner * length, cv + math.cos(angle) * inner * length), width, INK, flat=True)
+        c.stroke(
+            (0.0, cv),
+            (math.sin(angle) * inner * length, cv + math.cos(angle) * inner * length),
+            width,
+            INK,
+            flat=True,
+        )
     c.disc(0.0, cv, 0.065, look.trim)
     top = 0.84 if p[1] > 0.5 else 0.66
-    return Anchors((0.0, top - 0.06, 0.46), (0.0, cv - r * 0.80, 0.52), (0.0, cv + 0.12, 0.62), (0.0, cv - inner * 0.42, 0.13))
-
-
-def cat(c: Canvas, look: Look) -> Anchors:
-    """Paint a sitting cat, seen from the front, tail to the right."""
-    p = look.p
-    wide, head = 0.44 + 0.10 * p[0], 0.46 + 0.06 * p[1]
-    ear = 0.30 + 0.16 * p[2]
-    eye = (0.95, 0.75, 0.2) if p[3] < 0.33 else ((0.35, 0.75, 0.4) if p[3] < 0.66 else (0.35, 0.62, 0.95))
-    hv = 0.24
-    tail = [(wide * 0.6, -0.72), (0.72, -0.66), (0.86, -0.36), (0.76, -0.02 + 0.2 * p[4])]
-    for start, end in zip(tail, tail[1:], strict=False):
-        c.stroke(start, end, 0.095, look.body)
-    c.disc(*tail[-1], 0.10, look.trim)
-    c.ellipse(0.0, -0.46, wide, 0.48, None, 0.1)
-    c.ellipse(0.0, -0.50, wide * 0.5, 0.30, mix_rgb(look.trim, WHITE, 0.25), 0.0)
-    for side in (-1.0, 1.0):
-        c.ellipse(side * 0.20, -0.82, 0.17, 0.105, look.trim, 0.1)
-        c.poly([(side * head * 0.98, hv + 0.18), (side * head * 0.16, hv + 0.34), (side * head * 0.84, hv + 0.38 + ear)], 0.04, look.body)
-        c.poly([(side * head * 0.84, hv + 0.28), (side * head * 0.42, hv + 0.34), (side * head * 0.77, hv + 0.27 + ear)], 0.01, (0.98, 0.66, 0.68))
-    c.ellipse(0.0, hv, head + 0.06, 0.43, None, 0.12)
-    c.ellipse(0.0, hv - 0.20, 0.21, 0.135, mix_rgb(look.trim, WHITE, 0.45), 0.0)
-    for side in (-1.0, 1.0):
-        _eye(c, side * head * 0.46, hv + 0.03, 0.105, eye)
-        for lift in (-0.04, 0.05):
-            c.stroke((side * 0.24, hv - 0.17 + lift * 0.4), (side * 0.60, hv - 0.18 + lift * 2.0), 0.014, _dark(WHITE, 0.4), flat=True)
-        c.stroke((0.0, hv - 0.20), (side * 0.08, hv - 0.255), 0.022, INK, flat=True)
-    c.poly([(-0.055, hv - 0.12), (0.055, hv - 0.12), (0.0, hv - 0.18)], 0.02, (0.95, 0.45, 0.5), 0.0)
-    return Anchors((0.0, hv + 0.36, 0.42), (0.0, hv - 0.36, 0.42), (0.0, hv + 0.03, head + 0.02), (0.0, -0.46, 0.19))
-
-
-def duck(c: Canvas, look: Look) -> Anchors:
-    """Paint a duck from the side, looking right."""
-    p = look.p
-    head, hu, hv = 0.30 + 0.06 * p[0], 0.36 + 0.10 * p[1], 0.40 + 0.10 * p[2]
-    for u in (-0.12, 0.2):
-        c.ellipse(u + 0.08, -0.86, 0.17, 0.07, BEAK, 0.1)
-    c.poly([(-0.6, -0.3), (-0.98, 0.02 + 0.2 * p[3]), (-0.35, 0.0)], 0.07, look.body)
-    body = sd_ellipse(c.u + 0.1, c.v + 0.36, 0.80, 0.46 + 0.06 * p[4])
-    neck = sd_ellipse(c.u - hu + 0.06, c.v - 0.02, 0.25, 0.46)
-    d = smooth_union(smooth_union(body, neck, 0.3), np.sqrt((c.u - hu) ** 2 + (c.v - hv) ** 2) - head, 0.10)
-    nu = np.where(c.v > 0.1, (c.u - hu) * (0.9 / head), (c.u + 0.1) * 1.15)
-    nv = np.where(c.v > 0.1, (c.v - hv) * (0.6 / head), (c.v + 0.25) * 1.3)
-    c.paint(c.cover(d), c.lit(_limited(nu) * 0.85, _limited(nv) * 0.85, c.body(c.u, c.v), 0.12))
-    c.ring(hu - 0.04, hv - head * 0.98, head * 0.62, 0.07, 0.04, look.trim, flat=True)
-    wing = look.second if p[5] > 0.5 else mix_rgb(look.body, look.trim, 0.55)
-    c.poly([(0.2, -0.22), (-0.25, -0.52), (-0.72, -0.2), (-0.2, -0.12)], 0.09, _dark(wing, 0.12), 0.1)
-    c.poly([(hu + head * 0.80, hv + 0.06), (hu + head * 0.80, hv - 0.14), (hu + head + 0.28, hv - 0.06)], 0.05, BEAK, 0.2)
-    _eye(c, hu + head * 0.36, hv + 0.10, 0.085)
-    return Anchors((hu - 0.02, hv + head - 0.08, head * 0.92), (hu - 0.04, hv - head * 0.95, head * 0.85),
-                   (hu + 0.06, hv + 0.09, head * 0.9), (-0.02, -0.5, 0.19))
-
-
-def fish(c: Canvas, look: Look) -> Anchors:
-    """Paint a fish from the side, swimming right."""
-    p = look.p
-    long, tall = 0.70 + 0.08 * p[0], 0.44 + 0.18 * p[1]
-    cu, cv = 0.18, -0.22
-    fork = 0.36 + 0.16 * p[2]
-    root = cu - long * 0.86
-    c.poly([(root, cv), (-0.92, cv + fork), (-0.78, cv), (-0.92, cv - fork)], 0.06, look.trim)
-    c.poly([(cu - 0.36, cv + tall * 0.7), (cu - 0.30 - 0.2 * p[3], cv + tall + 0.26), (cu + 0.30, cv + tall * 0.75)], 0.05, look.trim)
-    c.poly([(cu - 0.1, cv - tall * 0.8), (cu - 0.22, cv - tall - 0.13), (cu + 0.16, cv - tall * 0.85)], 0.04, look.trim)
-    u, v = c.u - cu, c.v - cv
-    nu, nv = _limited(u * (1 / long)), _limited(v * (1 / tall))
-    albedo = c.body(u, v)
-    belly = 0.30 * clip01(-nv * 1.4)
-    albedo = albedo + belly * (column(WHITE) - albedo)
-    c.paint(c.cover(sd_ellipse(u, v, long, tall)), c.lit(nu * 0.85, nv * 0.93, albedo, 0.5))
-    gill = cu + long * 0.34
-    c.stroke((gill, cv + tall * 0.40), (gill - 0.07, cv), 0.03, _dark(look.body), flat=True)
-    c.stroke((gill - 0.07, cv), (gill, cv - tall * 0.40), 0.03, _dark(look.body), flat=True)
-    c.poly([(gill - 0.16, cv - 0.05), (gill - 0.42, cv + 0.05), (gill - 0.40, cv - 0.20)], 0.05, look.second if p[4] > 0.5 else look.trim)
-    _eye(c, cu + long * 0.58, cv + tall * 0.24, 0.10, (0.25, 0.25, 0.3))
-    c.stroke((cu + long * 0.72, cv - tall * 0.34), (cu + long * 0.88, cv - tall * 0.26), 0.03, INK, flat=True)
-    return Anchors((cu + 0.22, cv + tall - 0.08, 0.36), (gill - 0.12, cv, tall * 0.9), (cu + long * 0.5, cv + tall * 0.26, 0.42), (cu - long * 0.36, cv, 0.19))
+    return Anchors(
+        (0.0, top - 0.06, 0.46),
+        (0.0, cv - r * 0.80, 0.52),
+        (0.0, cv + 0.12, 0.62),
+        (0.0, cv - inner * 0.42, 0.13),
+    )
 
 
 SHAPES: dict[str, Callable[[Canvas, Look], Anchors]] = {
-    "mug": mug, "ball": ball, "boot": boot, "vase": vase, "house": house, "car": car,
-    "tree": tree, "robot": robot, "clock": clock, "cat": cat, "duck": duck, "fish": fish,
+    "mug": mug,
+    "ball": ball,
+    "boot": boot,
+    "vase": vase,
+    "house": house,
+    "car": car,
+    "tree": tree,
+    "robot": robot,
+    "clock": clock,
+    "cat": cat,
+    "duck": duck,
+    "fish": fish,
 }
-
-
-def paint_mark(c: Canvas, kind: str, at: tuple[float, float, float], rgb: Rgb, backing: Rgb) -> None:
-    """Paint an emblem (star, heart, ring or bolt) of half width at[2] with a thin backing that sets it off."""
-    cu, cv, size = at
-    reach = size * 1.3
-    w = c.window(cu - reach, cu + reach, cv - reach, cv + reach)
-    u, v = (w.u - cu) * (1 / size), (w.v - cv) * (1 / size)
-    if kind == "ring":
-        d = np.abs(np.sqrt(u * u + v * v) - 0.66) - 0.26
-    elif kind == "heart":
-        a, b = np.abs(u), v * 0.95 + 0.12 - 0.28 * np.sqrt(np.abs(u) + 0.02)
-        d = np.sqrt(a * a * 0.85 + b * b * 1.25) - 0.78
-    elif kind == "star":
-        points = [(math.sin(k * math.pi / 5) * s, math.cos(k * math.pi / 5) * s)
-                  for k, s in ((k, 1.0 if k % 2 == 0 else 0.46) for k in range(10))]
-        d = sd_polygon(u, v, points)
-    else:
-        d = sd_polygon(u, v, [(0.25, 1.0), (-0.6, -0.12), (-0.05, -0.12), (-0.25, -1.0), (0.6, 0.2), (0.05, 0.2)])
-    d = d * size
-    w.paint(w.cover(d - 0.05) * w.alpha, column(backing))
-    w.paint(w.cover(d) * w.alpha, w.lit(u * 0.3, v * 0.3, column(rgb), 0.1))
-
-
-def paint_accessory(c: Canvas, kind: str, at: Anchors) -> None:
-    """Paint a red hat, a striped scarf or sunglasses on a body with these anchors."""
-    if kind == "red hat":
-        u, v, w = at.top
-        w = max(min(w, 0.56), 0.30)
-        red: Rgb = (0.90, 0.10, 0.12)
-        crown = w * 0.72
-        c.poly([(u - crown * 0.95, v + 0.02), (u + crown * 0.95, v + 0.02), (u + crown * 0.72, v + 0.16 + w * 0.6),
-                (u - crown * 0.72, v + 0.16 + w * 0.6)], 0.07, red, 0.3)
-        c.stroke((u - crown, v + 0.10), (u + crown, v + 0.10), 0.06, (0.98, 0.94, 0.88), flat=True)
-        c.ellipse(u, v + 0.01, w * 1.28, 0.085, _dark(red, 0.12), 0.2)
-    elif kind == "striped scarf":
-        u, v, w = at.neck
-        w = max(min(w, 0.80), 0.26)
-        thick = 0.11
-        cream: Rgb = (0.98, 0.95, 0.85)
-        navy: Rgb = (0.13, 0.22, 0.60)
-        win = c.window(u - w - 0.2, u + w + 0.2, v - 0.62, v + 0.25)
-        a, b = win.u - u, win.v - v
-        sag = 0.10 * (1.0 - (a * (1 / w)) ** 2)
-        loop = sd_box(a, b + sag, w + 0.07, thick, thick * 0.9)
-        tail = sd_box(a - w * 0.42, b + 0.36, 0.12, 0.24, 0.03)
-        for d, q, nu, nv in ((tail, b, a * 0.5 - w * 0.2, b * 0.0), (loop, a, a * (0.7 / w), (b + sag) * 5.0)):
-            stripe = np.abs(q * 3.6 - np.floor(q * 3.6) - 0.5)
-            albedo = column(cream) + clip01((stripe - 0.25) * 6.0 + 0.5) * (column(navy) - column(cream))
-            win.paint(win.cover(d), win.lit(_limited(nu), _limited(nv), albedo, 0.0))
-    elif kind == "sunglasses":
-        u, v, w = at.face
-        w = max(min(w, 0.62), 0.30)
-        black: Rgb = (0.05, 0.05, 0.07)
-        c.stroke((u - w, v + 0.08), (u + w, v + 0.08), 0.045, black, flat=True)
-        for side in (-1.0, 1.0):
-            cu = u + side * w * 0.52
-            c.box(cu, v - 0.01, w * 0.43, max(w * 0.30, 0.13), 0.11, black)
-            c.stroke((cu - w * 0.2, v - 0.04), (cu + w * 0.02, v + 0.08), 0.028, (0.75, 0.85, 0.95), flat=True)

@@ -1,0 +1,39 @@
+# Everything a fresh machine needs: Python 3.11+ and make. No GPU, no internet beyond a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint bench setup clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("lorabooth needs Python 3.11 or newer; say make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+# The main job, end to end, on the embedded pocket base.
+demo: setup
+	$(BIN)/lorabooth demo --out runs/demo
+
+# The default tests: offline, two cores, under ten minutes.
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The default ones and the slow ones.
+test-all: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benchmarks/step_time.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

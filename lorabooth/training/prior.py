@@ -1,0 +1,263 @@
+"""Class images for prior preservation, drawn once from the frozen base and kept (DreamBooth, section 3.2).
+
+They live in a folder named after everything that decides their pixels, so that another subject of the
+same class finds them, an interrupted drawing goes on where it was, and nothing stale is ever used.
+Image i is a function of (key, i): the first 100 of 200 are the 100 of a smaller run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorabooth.errors import BaseModelError, RecipeError
+from lorabooth.progress import Reporter, Silent
+from lorabooth.prompts import slug
+from lorabooth.rng import seed_for
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Generate = Callable[[Sequence[str], Sequence[int]], "Sequence[Image]"]
+"""(prompts, seeds), equally many -> as many RGB images."""
+
+# Part of the key: to be raised when the same facts would give other pixels.
+_CODE_VERSION = 1
+_MAX_ATTEMPTS = 5
+# Standard deviation over the pixels of the liveliest channel, in 8-bit levels. Photos and drawings are
+# above 20; what a broken decoder leaves (black, grey, one colour with rounding) is below 1.
+_FLAT_BELOW = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerFacts:
+    """How class images are drawn; all of it is part of their key.
+
+    Attributes:
+        name: the sampler, e.g. "dpm++".
+        steps: sampler steps.
+        guidance: classifier-free guidance scale.
+        height_px: image height.
+        width_px: image width.
+        dtype: precision of the frozen weights, e.g. "fp32".
+    """
+
+    name: str
+    steps: int
+    guidance: float
+    height_px: int
+    width_px: int
+    dtype: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class ClassImages:
+    """The class images of one prompt.
+
+    Attributes:
+        folder: where they are.
+        paths: as many as asked for, in order.
+        generated: how many were drawn now.
+        reused: how many were there already.
+        rejected: black or flat ones, drawn again.
+    """
+
+    folder: Path
+    paths: tuple[Path, ...]
+    generated: int
+    reused: int
+    rejected: int
+
+
+def class_images_key(*, base_key: str, prompt: str, sampler: SamplerFacts) -> str:
+    """Digest (64 hex digits) of all that decides the pixels of class images."""
+    facts = {"version": _CODE_VERSION, "base": base_key, "prompt": prompt, "sampler": asdict(sampler)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def ensure_class_images(
+    *,
+    folder_root: Path,
+    base_key: str,
+    prompt: str,
+    count: int,
+    generate: Generate,
+    sampler: SamplerFacts,
+    batch_size: int = 4,
+    reporter: Reporter | None = None,
+) -> ClassImages:
+    """Find or draw `count` class images.
+
+    Args:
+        folder_root: the cache's root; the images get a folder of their own in it.
+        base_key: what identifies the base: digest and id, never a path.
+        prompt: the class prompt.
+        count: how many images, >= 1.
+        generate: draws a batch; image i must depend on prompt i and seed i only.
+        sampler: how `generate` draws.
+        batch_size: most images per call of `generate`.
+        reporter: hears of the progress.
+
+    Returns:
+        The images; every one decodes, has the right size and is neither black nor flat.
+
+    Raises:
+        BaseModelError: one image came out black or flat in every attempt.
+        RecipeError: the folder cannot be written.
+    """
+    key = class_images_key(base_key=base_key, prompt=prompt, sampler=sampler)
+    folder = folder_root / f"{slug(prompt)}-{key[:16]}"
+    job = _Job(folder, key, base_key, prompt, sampler, generate, batch_size, reporter or Silent())
+    with _locked(job):
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        _write(folder / "images.json", job.facts())
+        paths = tuple(folder / f"{index:06d}.png" for index in range(count))
+        missing = [index for index, path in enumerate(paths) if not _is_good_file(path, sampler)]
+        rejected = _draw(job, missing, paths) if missing else 0
+    if rejected:
+        job.reporter.warn(f'{rejected} class image(s) of "{prompt}" came out black or flat; drawn again.')
+    return ClassImages(folder, paths, len(missing), count - len(missing), rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    folder: Path
+    key: str
+    base_key: str
+    prompt: str
+    sampler: SamplerFacts
+    generate: Generate
+    batch_size: int
+    reporter: Reporter
+
+    def facts(self) -> bytes:
+        """The text of images.json: what the key was made of. No paths."""
+        facts = {
+            "prompt": self.prompt,
+            "base": self.base_key,
+            "sampler": asdict(self.sampler),
+            "version": _CODE_VERSION,
+            "key": self.key,
+        }
+        return (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def seed(self, index: int, attempt: int) -> int:
+        """One seed per image and attempt, a function of the key."""
+        return seed_for(int(self.key[:15], 16), attempt, 0, "class image", index)
+
+
+@contextmanager
+def _locked(job: _Job) -> Iterator[None]:
+    """One process at a time draws into a folder; the system drops the lock of a killed one."""
+    import filelock
+
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(job.folder.with_name(f".{job.folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            job.reporter.say(f'Another process is drawing the class images of "{job.prompt}"; waiting for it.')
+            lock.acquire()
+    except OSError as error:
+        raise _unwritable(job.folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _draw(job: _Job, missing: Sequence[int], paths: Sequence[Path]) -> int:
+    """Draw and save the missing images; returns how many were rejected on the way."""
+    waiting = deque((index, 0) for index in missing)
+    rejected = 0
+    done = len(paths) - len(missing)
+    with job.reporter.task(f'Class images "{job.prompt}"', len(paths), unit="image", start=done) as task:
+        while waiting:
+            batch = [waiting.popleft() for _ in range(min(job.batch_size, len(waiting)))]
+            seeds = [job.seed(index, attempt) for index, attempt in batch]
+            images = job.generate([job.prompt] * len(batch), seeds)
+            again = []
+            for (index, attempt), seed, image in zip(batch, seeds, images, strict=True):
+                if _is_lively(image):
+                    _save_png(paths[index], image, job.prompt, seed)
+                    task.advance()
+                    continue
+                rejected += 1
+                if attempt + 1 >= _MAX_ATTEMPTS:
+                    raise _nothing_drawn(job, index)
+                again.append((index, attempt + 1))
+            # In front, so that a base that draws nothing is found out in a few batches.
+            waiting.extendleft(reversed(again))
+    return rejected
+
+
+def _nothing_drawn(job: _Job, index: int) -> BaseModelError:
+    how = f"sampler {job.sampler.name}, {job.sampler.steps} steps, guidance {job.sampler.guidance:g}"
+    return BaseModelError(
+        f'Class image {index} of "{job.prompt}" came out black or flat {_MAX_ATTEMPTS} times ({how}).',
+        'Look at what the base draws with `lorabooth sample`; try model.dtype = "fp32" (half precision can '
+        'overflow), or prior.mode = "distill", which needs no images.',
+    )
+
+
+def _unwritable(folder: Path, error: OSError) -> RecipeError:
+    return RecipeError(
+        f"The class images cannot be kept in {folder}: {error.strerror or error}.",
+        "Free some space there, or choose a folder that can be written.",
+    )
+
+
+def _is_lively(image: Image) -> bool:
+    import numpy as np
+
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return bool(pixels.std(axis=(0, 1)).max() >= _FLAT_BELOW)
+
+
+def _is_good_file(path: Path, sampler: SamplerFacts) -> bool:
+    """Whether a whole, lively PNG of the right size is there; a torn one counts as absent."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return image.size == (sampler.width_px, sampler.height_px) and _is_lively(image)
+    except FileNotFoundError:
+        return False
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        # Pillow says SyntaxError for a broken PNG chunk, OSError for missing data.
+        return False
+
+
+def _save_png(path: Path, image: Image, prompt: str, seed: int) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    facts = PngInfo()
+    facts.add_itxt("prompt", prompt)
+    facts.add_text("seed", str(seed))
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG", pnginfo=facts)
+    _write(path, buffer.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error

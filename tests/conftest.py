@@ -1,0 +1,40 @@
+"""Fixtures shared by all rooms: a tiny base of each kind and photos, made once a session. Read only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports a hub client: a test never goes to the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD1-shaped folder, epsilon prediction."""
+    from tests.tiny import make_sd_folder
+
+    return make_sd_folder(tmp_path_factory.mktemp("bases") / "tiny-sd1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD2-shaped folder, v-prediction."""
+    from tests.tiny import make_sd_folder
+
+    return make_sd_folder(
+        tmp_path_factory.mktemp("bases") / "tiny-sd2", family="sd2", prediction="v_prediction"
+    )
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three photos of one object."""
+    from tests.tiny import make_photos
+
+    folder = tmp_path_factory.mktemp("photos")
+    make_photos(folder)
+    return folder
