@@ -15,10 +15,11 @@ import torch
 from PIL import Image, ImageDraw
 
 # Words that the tiny tokenizer knows as one token; all other text falls apart into bytes.
-WORDS = tuple(
-    "a an the of in on with and photo painting style dog cat mug robot car boot house "
-    "snow beach grass red blue green hat scarf wearing".split()
-)
+WORDS = (
+    "a", "an", "the", "of", "in", "on", "with", "and", "photo", "painting", "style", "dog", "cat",
+    "mug", "robot", "car", "boot", "house", "snow", "beach", "grass", "red", "blue", "green", "hat",
+    "scarf", "wearing",
+)  # fmt: skip
 # Rare identifiers, each one token; never words.
 RARE_TOKENS = ("sks", "zwx", "qxv", "ohwx", "xjy", "kvz", "bnh", "pfj")
 MAX_TOKENS = 77

@@ -1,1 +1,1 @@
-"""Room."""
+"""Everything about the small file: attach, read, write, convert."""

@@ -47,10 +47,10 @@ class Scan:
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """ "Used N of M", with the reason for each file that is not."""
+        """Used N of M files, with the reason for each that is not."""
         total = len(self.records) + len(self.skipped)
         lines = [f"used {len(self.records)} of {total} files"]
-        lines += [f"  {skip.path.name}: {skip.reason}" for skip in self.skipped]
+        lines += [f"  {_shown(skip)}" for skip in self.skipped]
         return "\n".join([*lines, *self.notes])
 
 
@@ -86,10 +86,11 @@ def scan(
     if not photos:
         raise _no_photos(folder, skipped)
     by_stem = {_stem(path): path for path in texts} if captions else {}
+    default = _fill(prompt, placeholders)
     records, bare, problems = [], [], []
     for photo in photos:
         text_path = by_stem.get(_stem(photo))
-        caption = _fill(prompt, placeholders)
+        caption = default
         if text_path is not None:
             try:
                 caption = _fill(read_caption(text_path), placeholders)
@@ -102,7 +103,7 @@ def scan(
         raise DataError("\n".join(dict.fromkeys(problems)))
     skipped += _unused_texts(texts, photos, captions)
     skipped.sort(key=lambda skip: natural_key(skip.path.name))
-    notes = (f"no caption file for {', '.join(bare)}: the prompt is used, {prompt!r}",) if bare else ()
+    notes = (f"no caption file for {', '.join(bare)}: the prompt is used, {default!r}",) if bare else ()
     return Scan(records=tuple(records), skipped=tuple(skipped), notes=notes)
 
 
@@ -211,6 +212,8 @@ def _refusal(entry: os.DirEntry[str], path: Path, root: Path) -> str:
     """Why an entry is not even looked at by its suffix; empty if it may be."""
     if entry.name.startswith("."):
         return "hidden"
+    if any("\ud800" <= letter <= "\udfff" for letter in entry.name):
+        return "its name is not valid Unicode; rename it"
     if entry.is_symlink():
         try:
             target = path.resolve(strict=True)
@@ -234,8 +237,13 @@ def _unused_texts(texts: Sequence[Path], photos: Sequence[Path], captions: bool)
 
 def _no_photos(folder: Path, skipped: Sequence[Skipped]) -> DataError:
     fix = f"Put photos into it; read are {' '.join(SUFFIXES)}."
-    refused = [f"  {skip.path.name}: {skip.reason}" for skip in skipped[:10]]
+    refused = [f"  {_shown(skip)}" for skip in skipped[:10]]
     return DataError("\n".join([f"{folder}: no photos in this folder", *refused]), fix)
+
+
+def _shown(skip: Skipped) -> str:
+    # A name that is not Unicode (Linux allows any bytes) cannot be printed as it is.
+    return f"{skip.path.name.encode(errors='backslashreplace').decode()}: {skip.reason}"
 
 
 def _stem(path: Path) -> str:

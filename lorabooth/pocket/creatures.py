@@ -4,8 +4,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from lorabooth.pocket.canvas import Canvas
 from lorabooth.pocket.parts import BEAK, INK, WHITE, Anchors, Look, darker, eye, limited
-from lorabooth.pocket.raster import Canvas, clip01, column, mix_rgb, sd_ellipse, smooth_union
+from lorabooth.pocket.raster import clip01, column, mix_rgb, sd_ellipse, smooth_union
 
 
 def cat(c: Canvas, look: Look) -> Anchors:

@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 
+from lorabooth.pocket.canvas import Canvas
 from lorabooth.pocket.parts import Anchors, darker, limited
-from lorabooth.pocket.raster import Canvas, Rgb, clip01, column, sd_box, sd_polygon
+from lorabooth.pocket.raster import Rgb, clip01, column, sd_box, sd_polygon
 
 
 def paint_mark(c: Canvas, kind: str, at: tuple[float, float, float], rgb: Rgb, backing: Rgb) -> None:
-    """Paint an emblem (star, heart, ring or bolt) of half width at[2] with a thin backing that sets it off."""
+    """Paint an emblem (star, heart, ring or bolt) of half width at[2] on a thin backing."""
     cu, cv, size = at
     reach = size * 1.3
     w = c.window(cu - reach, cu + reach, cv - reach, cv + reach)

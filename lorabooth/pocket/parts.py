@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorabooth.pocket.raster import Canvas, Plane, Rgb, mix_rgb
+from lorabooth.pocket.canvas import Canvas
+from lorabooth.pocket.raster import Plane, Rgb, mix_rgb
 
 INK: Rgb = (0.10, 0.09, 0.11)
 WHITE: Rgb = (0.97, 0.97, 0.95)

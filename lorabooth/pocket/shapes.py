@@ -1,7 +1,7 @@
 """The bodies of the pocket world: one drawing function a class, in object coordinates.
 
-A body fills roughly [-1, 1] squared, stands on v = -0.9 and faces or points its handle to +u. Every function paints a
-`Canvas` and returns where accessories and the mark go.
+A body fills roughly [-1, 1] squared, stands on v = -0.9 and faces or points its handle to +u. Every function
+paints a `Canvas` and returns where accessories and the mark go.
 """
 
 import math
@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lorabooth.pocket.canvas import Canvas
 from lorabooth.pocket.creatures import cat, duck, fish
 from lorabooth.pocket.parts import GLASS, INK, WHITE, WOOD, Anchors, Look, darker, limited
 from lorabooth.pocket.raster import (
-    Canvas,
     Rgb,
     clip01,
     column,

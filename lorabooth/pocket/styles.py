@@ -22,7 +22,7 @@ def _hatching(size: int) -> tuple[Plane, Plane]:
 
 @functools.lru_cache(maxsize=16)
 def _strokes(size: int, slope: float) -> tuple[NDArray[np.int64], NDArray[np.int64], Plane]:
-    """Return, for every pixel, the row and column its brush stroke takes its colour from, and the stroke's tone."""
+    """Return, for every pixel, the row and column that colour its brush stroke, and the stroke's tone."""
     at = (np.arange(size, dtype=F32) + F32(0.5)) * F32(1 / size)
     x, y = at[None, :], at[:, None]
     cos, sin = np.float32(np.cos(slope)), np.float32(np.sin(slope))
@@ -40,7 +40,7 @@ def _strokes(size: int, slope: float) -> tuple[NDArray[np.int64], NDArray[np.int
 
 
 def sketch_over(image: Plane, alpha: Plane) -> Plane:
-    """Return the frame (3, size, size) as graphite on paper; `alpha` is the body's coverage, drawn more firmly."""
+    """Return the frame (3, size, size) as graphite on paper; the body (`alpha`) is drawn more firmly."""
     size = image.shape[1]
     luma = image[0] * 0.30 + image[1] * 0.59 + image[2] * 0.11
     step = max(size // 128, 1)
@@ -56,13 +56,14 @@ def sketch_over(image: Plane, alpha: Plane) -> Plane:
     tone = clip01(1.0 - graphite) * (0.80 + 0.20 * clip01(luma * 1.5))
     tone = tone * (1.0 - 0.88 * line)
     paper, lead = column((0.96, 0.945, 0.90)), column((0.19, 0.19, 0.21))
-    return lead + tone * (paper - lead)
+    out: Plane = lead + tone * (paper - lead)
+    return out
 
 
 def paint_over(image: Plane, ground: Plane, alpha: Plane) -> Plane:
-    """Return the frame (3, size, size) in oil: oriented strokes, finer on the body, deeper colours, lit ridges.
+    """Return the frame (3, size, size) in oil: oriented strokes, finer on the body, deeper colours.
 
-    `ground` is the frame without its body, so that no stroke beside the body is loaded with the body's colour.
+    `ground` is the frame without its body, so that no stroke beside the body takes the body's colour.
     """
     size = image.shape[1]
     rows, columns, tone = _strokes(size, -0.5)

@@ -24,15 +24,22 @@ _OTHER_SENTENCES = (
 )
 
 
+def _grammar() -> list[str]:
+    return [
+        *scenes.CLASSES, *scenes.COLOURS, *scenes.PATTERNS, *scenes.PLACES.values(), *scenes.PLACES,
+        *scenes.ACCESSORIES, *scenes.STYLES, *scenes.POSES, *scenes.MARKS,
+    ]  # fmt: skip
+
+
 def identifiers() -> tuple[str, ...]:
-    """The 300 rare identifiers: 60 of two consonants and 240 of three, always the same."""
+    """The 300 rare identifiers of two or three consonants, no word and no end of one, always the same."""
     draw = random.Random(1234)
-    words = set(re.findall(r"[a-z]+", " ".join(_OTHER_SENTENCES)))
+    words = set(re.findall(r"[a-z]+", " ".join((*_grammar(), *_OTHER_SENTENCES))))
     chosen: list[str] = ["sks", "qzx"]
     for length, count in ((2, 60), (3, 300)):
         while len(chosen) < count:
             word = "".join(draw.choice(CONSONANTS) for _ in range(length))
-            if word not in words and word not in chosen:
+            if word not in chosen and not any(known.endswith(word) for known in words):
                 chosen.append(word)
     return tuple(chosen)
 
@@ -41,11 +48,7 @@ def corpus(seed: int, captions: int) -> tuple[list[str], tuple[str, ...]]:
     """Sentences to train the tokenizer on: `captions` drawn captions and the fixed vocabulary, and the identifiers."""
     rng = np.random.default_rng(seed)
     drawn = [scenes.caption(scenes.sample_scene(rng), rng) for _ in range(captions)]
-    grammar = [
-        *scenes.CLASSES, *scenes.COLOURS, *scenes.PATTERNS, *scenes.PLACES.values(), *scenes.PLACES,
-        *scenes.ACCESSORIES, *scenes.STYLES, *scenes.POSES, *scenes.MARKS,
-    ]  # fmt: skip
-    return drawn + grammar * 20 + list(_OTHER_SENTENCES) * 5, identifiers()
+    return drawn + _grammar() * 20 + list(_OTHER_SENTENCES) * 5, identifiers()
 
 
 _NOUN_PHRASE = re.compile(

@@ -25,7 +25,7 @@ from lorabooth.progress import Reporter, Task
 from lorabooth.recipe import OptimSection
 from lorabooth.training import optim
 from lorabooth.training.log import FiniteGuard, MetricsLog
-from lorabooth.training.step import StepParts, draw_noise, micro_step
+from lorabooth.training.step import StepParts, class_rows, draw_noise, micro_step
 from lorabooth.types import Batch
 
 SPILL_RATIO = 5.0
@@ -59,7 +59,6 @@ class Session:
         seed: the run's.
         n_instance: subject examples in an optimizer step, over ranks and accumulation.
         n_class: class examples likewise; 0 without prior preservation.
-        prior_weight: lambda, for the log only (batches carry the weights).
         diagnosis: what a non-finite step is reported with (dtype, base).
     """
 
@@ -75,7 +74,6 @@ class Session:
     seed: int
     n_instance: int
     n_class: int
-    prior_weight: float
     diagnosis: str
 
 
@@ -133,7 +131,9 @@ def run_steps(
                 line.update(skipped=True, record_ids=record_ids)
             line.update(lr=lr, step_s=time.perf_counter() - began_s)
             metrics.append({"step": step + 1, **line})
-            guard.check(step=step + 1, finite=finite, record_ids=record_ids, diagnosis=session.diagnosis)
+            guard.check(
+                step=step + 1, finite=finite, record_ids=record_ids, diagnosis=session.diagnosis, figures=line
+            )
             _tell(session, line, step + 1, task, log, reporter)
             done = step + 1
             saved = done == stop or (hooks.checkpoint_every > 0 and done % hooks.checkpoint_every == 0)
@@ -159,13 +159,20 @@ def _one_step(session: Session, step: int) -> tuple[dict[str, Any], bool]:
     for micro_batch in session.batches(step):
         for batch in micro_batch:
             record_ids.extend(batch.record_ids)
+            rows = class_rows(batch)
             moved = to_device(batch, device)
             eps, level = draw_noise(
                 session.step_parts.path, session.seed, step, batch.positions, batch.latents.shape[1:], device=device
             )
             with session.autocast():
                 terms = micro_step(
-                    session.step_parts, moved, eps, level, n_instance=session.n_instance, n_class=session.n_class
+                    session.step_parts,
+                    moved,
+                    eps,
+                    level,
+                    class_rows=rows,
+                    n_instance=session.n_instance,
+                    n_class=session.n_class,
                 )
             session.scaler.scale(terms.total).backward()
             sums += torch.stack([terms.total.detach(), terms.instance.detach(), terms.prior.detach()])

@@ -166,7 +166,9 @@ def _locked(job: _Job) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            job.reporter.say(f'Another process is drawing the class images of "{job.prompt}"; waiting for it.')
+            job.reporter.say(
+                f'Another process is drawing the class images of "{job.prompt}"; waiting for it.'
+            )
             lock.acquire()
     except OSError as error:
         raise _unwritable(job.folder, error) from error
@@ -260,4 +262,5 @@ def _write(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise _unwritable(path.parent, error) from error

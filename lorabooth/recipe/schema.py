@@ -1,29 +1,44 @@
-"""The typed recipe: what to learn, on which base, how. TOML in and out.
+"""The typed recipe: what to learn, on which base, how.
 
 "auto" stands for "what the family does best" and is replaced before a run starts; 0 is "off".
+This file is the schema; `io` reads, writes and compares recipes, `check` explains what is wrong with one.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Auto = Literal["auto"]
 
 
 class Section(BaseModel):
-    """A recipe's section: frozen, unknown keys forbidden."""
+    """A recipe's section: frozen, unknown keys forbidden, no silent conversion of types.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+    A field's docstring becomes its description, and the comment above its key in a written recipe.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        str_strip_whitespace=True,
+        use_attribute_docstrings=True,
+    )
 
 
 class ModelSection(Section):
     """The base model."""
 
     base: str = "pocket"
-    """"pocket", a diffusers folder, a .safetensors checkpoint, or a hub id."""
+    """"pocket", a diffusers folder, a .safetensors checkpoint, or a hub id. Paths: relative to this file."""
     family: str = "auto"
+    """Kind of base model ("sd1", "sd2", ...); "auto" reads it from the files."""
     revision: str = ""
     """Hub revision; resolved to a commit and recorded. Empty: the default branch."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -40,70 +55,92 @@ class SubjectSection(Section):
     token: str = "auto"
     """The identifier; "auto" looks a rare one up in the base's own tokenizer."""
     template: str = "a photo of a {token} {noun}"
+    """The prompt of the photos; "{token}" and "{noun}" are replaced."""
     captions: bool = False
     """Read same-named .txt files; "{token}" and "{noun}" in them are replaced."""
 
 
 class PriorSection(Section):
-    """Prior preservation (DreamBooth eq. 2)."""
+    """Prior preservation: the class is kept while the subject is learned (DreamBooth eq. 2)."""
 
     mode: Literal["generated", "images", "distill", "none"] = "generated"
+    """Class images "generated" by the base, your own "images", "distill" (needs no images), or "none"."""
     weight: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """lambda."""
+    """Weight of the class examples in the loss (the paper's lambda)."""
     count: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Class images per class noun (mode "generated")."""
     prompt: str = "auto"
-    """Class prompt; "auto" is the subject's template without the token."""
+    """Class prompt, may hold "{noun}"; "auto" is the subject's template without the token."""
     images: str = ""
-    """Folder of the user's own class images (mode "images")."""
+    """Folder of your own class images (mode "images"), relative to the recipe file."""
     sampler_steps: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    """Sampler steps per class image."""
     guidance: Auto | Annotated[float, Field(ge=0, le=50)] = "auto"
+    """Guidance of class images."""
 
 
 class AdapterSection(Section):
     """The low-rank adapter (LoRA, arXiv 2106.09685)."""
 
     rank: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    """Rank of the adapter's matrices: more can learn more detail, and makes a larger file."""
     alpha: Auto | Annotated[float, Field(gt=0, le=4096)] = "auto"
     """Scale is alpha / rank; "auto" is alpha = rank."""
     targets: str = "attn"
     """A preset of the family: "attn", "attn+ff", "attn+ff+conv"."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of adapter inputs dropped while training."""
     text_encoder: bool = False
+    """Train the text encoder too; helps faces, needs more memory."""
     text_encoder_rank: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    """Rank in the text encoder; "auto" is the same rank."""
 
 
 class OptimSection(Section):
     """Optimizer and schedule. Steps count optimizer steps."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """The 8-bit ones need bitsandbytes."""
     lr: Auto | Annotated[float, Field(gt=0, le=1)] = "auto"
+    """Peak learning rate."""
     text_encoder_lr: Auto | Annotated[float, Field(gt=0, le=1)] = "auto"
+    """Peak learning rate of the text encoder's adapter."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    """AdamW's decoupled weight decay."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """How the learning rate goes on after the warmup; cosine and linear fall to 0 at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """Steps over which the learning rate rises from 0."""
     steps: Auto | Annotated[int, Field(ge=1, le=10_000_000)] = "auto"
+    """Optimizer steps of the whole run."""
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 1
     """Subject examples per forward and device; as many class examples come with them."""
     accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Forwards per optimizer step."""
+    max_grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
+    """Gradients are scaled down to this norm; 0 is off."""
 
 
 class LossSection(Section):
     """Loss weighting over noise levels."""
 
     weighting: Literal["none", "min_snr"] = "none"
-    snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """"min_snr" weighs noise levels as in arXiv 2303.09556."""
+    snr_gamma: Annotated[float, Field(gt=0, le=1e6)] = 5.0
+    """gamma of min_snr."""
 
 
 class ImagesSection(Section):
     """From photos to pixels."""
 
     resolution: Auto | Annotated[int, Field(ge=8, le=8192)] = "auto"
+    """Side of a square crop in pixels; "auto" is what the base was trained on."""
     buckets: bool = False
     """Keep aspect ratios (areas near resolution squared) instead of square crops."""
     crop: Literal["center", "random"] = "center"
+    """Where photos are cropped."""
     flip: bool = False
+    """Mirror photos at random; not for subjects with writing or a left and a right."""
 
 
 class MemorySection(Section):
@@ -112,7 +149,9 @@ class MemorySection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute (autocast) precision of the training step; adapter weights are always float32."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """Attention kernel; proven forward and backward before it is used."""
     checkpointing: bool = False
+    """Gradient checkpointing: less memory, slower steps."""
     base_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision that the frozen denoiser is held in while training."""
 
@@ -121,21 +160,30 @@ class RunSection(Section):
     """Where the run goes and what it writes on the way. 0 is off."""
 
     out: str = "auto"
+    """Run folder, relative to the recipe file; "auto" is runs/NAME where lorabooth is started."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    checkpoint_every: Annotated[int, Field(ge=0)] = 100
-    keep: Annotated[int, Field(ge=0)] = 2
+    """Every random draw of the run follows from it."""
+    checkpoint_every: Annotated[int, Field(ge=0, le=10_000_000)] = 100
+    """Steps between checkpoints."""
+    keep: Annotated[int, Field(ge=0, le=1_000_000)] = 2
     """Checkpoints kept; 0 keeps all."""
-    sample_every: Annotated[int, Field(ge=0)] = 0
-    sample_prompts: tuple[str, ...] = ()
+    sample_every: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """Steps between previews."""
+    sample_prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """May hold "{token}" and "{noun}"; empty: the subject's prompt and its class prompt."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl."""
 
 
 class Recipe(Section):
-    """Everything a run needs to know."""
+    """Everything a run needs to know.
+
+    A recipe built in Python is checked field by field; the rules that join several keys are
+    `check`, which every way of loading a recipe applies.
+    """
 
     model: ModelSection = ModelSection()
-    subjects: tuple[SubjectSection, ...] = ()
+    subjects: Annotated[tuple[SubjectSection, ...], Field(strict=False)] = ()
     prior: PriorSection = PriorSection()
     adapter: AdapterSection = AdapterSection()
     optim: OptimSection = OptimSection()
@@ -143,3 +191,14 @@ class Recipe(Section):
     images: ImagesSection = ImagesSection()
     memory: MemorySection = MemorySection()
     run: RunSection = RunSection()
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """Read and check a recipe file; paths in it are relative to it.
+
+        Raises:
+            RecipeError: the file cannot be read, or the recipe is wrong: all errors at once.
+        """
+        from lorabooth.recipe.io import load
+
+        return load(path)

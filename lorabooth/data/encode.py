@@ -1,0 +1,257 @@
+"""Photos and prompts through the encoders, once: what the store has is read, what it lacks is computed.
+
+Encoders come in as callables and are not kept: after a call returns, the caller can release their weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorabooth.data.cache import CachedLatent, Store, latents_key, text_key
+from lorabooth.data.images import Variant, fit, target_for, variants
+from lorabooth.data.photo import PhotoError, read
+from lorabooth.errors import TrainingError
+from lorabooth.progress import Reporter, Silent, Task
+from lorabooth.recipe import ImagesSection
+from lorabooth.rng import generator_for
+from lorabooth.types import Cond, Geometry, Moments, Record
+
+_PROMPTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class LatentIndex:
+    """All encoded photos of a run, in memory.
+
+    Attributes:
+        latents: by photo; one entry per variant.
+        computed: how many entries were encoded now.
+        reused: how many came from the store.
+    """
+
+    latents: Mapping[Path, tuple[CachedLatent, ...]]
+    computed: int
+    reused: int
+
+    def of(self, record: Record, variant: int) -> CachedLatent:
+        """The record's photo in one of its variants."""
+        return self.latents[record.path][variant]
+
+    def joined(self, other: LatentIndex) -> LatentIndex:
+        """Both; where they share a photo, the one with more variants."""
+        latents = dict(self.latents)
+        for path, cuts in other.latents.items():
+            latents[path] = max(latents.get(path, ()), cuts, key=len)
+        return LatentIndex(latents, self.computed + other.computed, self.reused + other.reused)
+
+
+@dataclass(frozen=True)
+class TextIndex:
+    """Conditioning by prompt, and how much of it was computed now or came from the store."""
+
+    conds: Mapping[str, Cond]
+    computed: int
+    reused: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One variant of one photo that the store lacks."""
+
+    path: Path
+    index: int
+    key: str
+    pixels: Tensor
+    geometry: Geometry
+
+
+@dataclass(frozen=True)
+class _Cutting:
+    """How photos are cut; what `cache_latents` was told, in one value."""
+
+    images: ImagesSection
+    resolution_px: int
+    multiple_px: int
+    seed: int
+    encoder_id: str
+    variants: tuple[Variant, ...] = field(default=())
+
+    def key(self, sha256: str, variant: Variant) -> str:
+        return latents_key(
+            sha256,
+            variant=variant,
+            images=self.images,
+            resolution_px=self.resolution_px,
+            multiple_px=self.multiple_px,
+            encoder_id=self.encoder_id,
+            seed=self.seed,
+        )
+
+
+def cache_latents(
+    store: Store,
+    records: Sequence[Record],
+    *,
+    encode: Callable[[Tensor], list[Moments]],
+    encoder_id: str,
+    images: ImagesSection,
+    resolution_px: int,
+    multiple_px: int,
+    seed: int,
+    batch_size: int = 1,
+    reporter: Reporter | None = None,
+) -> LatentIndex:
+    """Moments of every photo in every variant, from the store where it has them.
+
+    A photo is its bytes: renamed it is found again, changed under its name it is computed anew. Random crops
+    are a function of (seed, bytes, variant).
+
+    Args:
+        store: where results are kept.
+        records: photos; a path that comes twice is encoded once.
+        encode: pixels [B,3,H,W] float32 in [-1,1] of one shape -> B moments.
+        encoder_id: identifies the encoder's weights and precision.
+        images: crop, flip, buckets; its `resolution` is not looked at.
+        resolution_px: resolved resolution.
+        multiple_px: what sides must be a multiple of.
+        seed: the run's.
+        batch_size: photos encoded at once, at most.
+        reporter: progress and warnings; silent by default.
+
+    Raises:
+        PhotoError: a photo cannot be decoded (`images.check` finds these before models are loaded).
+        TrainingError: the encoder gave numbers that are not finite; the photos are named.
+    """
+    say = reporter or Silent()
+    cutting = _Cutting(images, resolution_px, multiple_px, seed, encoder_id, variants(images))
+    paths = list(dict.fromkeys(record.path for record in records))
+    found: dict[Path, list[CachedLatent | None]] = {path: [None] * len(cutting.variants) for path in paths}
+    total = len(paths) * len(cutting.variants)
+    computed = 0
+    with say.task("encoding photos", total, "photo") as task, torch.no_grad():
+        jobs = _missing(store, paths, cutting, found, task, say)
+        for batch in _batched(jobs, batch_size):
+            for job, latent in zip(batch, _encode(batch, encode), strict=True):
+                store.put_moments(job.key, latent)
+                found[job.path][job.index] = latent
+            computed += len(batch)
+            task.advance(len(batch))
+    latents = {path: tuple(cut for cut in cuts if cut is not None) for path, cuts in found.items()}
+    return LatentIndex(latents, computed, total - computed)
+
+
+def cache_texts(
+    store: Store,
+    prompts: Iterable[str],
+    *,
+    encode: Callable[[Sequence[str]], list[Cond]],
+    encoder_id: str,
+    reporter: Reporter | None = None,
+) -> TextIndex:
+    """Conditioning of every different prompt, from the store where it has it.
+
+    Args:
+        store: where results are kept.
+        prompts: may repeat.
+        encode: prompts -> one unbatched dict of tensors each.
+        encoder_id: identifies tokenizers, text encoders and precision.
+        reporter: progress and warnings; silent by default.
+
+    Raises:
+        TrainingError: the encoder gave numbers that are not finite; the prompts are named.
+    """
+    say = reporter or Silent()
+    unique = list(dict.fromkeys(prompts))
+    known = {prompt: store.cond(text_key(prompt, encoder_id), say) for prompt in unique}
+    conds: dict[str, Cond] = {prompt: cond for prompt, cond in known.items() if cond is not None}
+    missing = [prompt for prompt in unique if prompt not in conds]
+    with say.task("encoding prompts", len(unique), "prompt", start=len(conds)) as task, torch.no_grad():
+        for first in range(0, len(missing), _PROMPTS_AT_ONCE):
+            part = missing[first : first + _PROMPTS_AT_ONCE]
+            for prompt, cond in zip(part, encode(part), strict=True):
+                own = {name: _own(tensor) for name, tensor in cond.items()}
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
+                    raise _not_finite("text encoder", [repr(prompt)])
+                store.put_cond(text_key(prompt, encoder_id), own)
+                conds[prompt] = own
+            task.advance(len(part))
+    return TextIndex({prompt: conds[prompt] for prompt in unique}, len(missing), len(unique) - len(missing))
+
+
+def _missing(
+    store: Store,
+    paths: Sequence[Path],
+    cutting: _Cutting,
+    found: dict[Path, list[CachedLatent | None]],
+    task: Task,
+    reporter: Reporter,
+) -> Iterator[_Job]:
+    """Fill `found` from the store; yield the rest, each photo decoded once and only if needed."""
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise PhotoError(path, f"cannot be read: {error.strerror or error}") from error
+        sha256 = hashlib.sha256(content).hexdigest()
+        keys = [cutting.key(sha256, variant) for variant in cutting.variants]
+        found[path] = [store.moments(key, reporter) for key in keys]
+        lacking = [index for index, latent in enumerate(found[path]) if latent is None]
+        task.advance(len(keys) - len(lacking))
+        if not lacking:
+            continue
+        pixels_u8 = read(path, content).pixels
+        height_px, width_px = pixels_u8.shape[:2]
+        target_px = target_for(
+            height_px, width_px, cutting.images, cutting.resolution_px, cutting.multiple_px
+        )
+        for index in lacking:
+            variant = cutting.variants[index]
+            generator = generator_for(cutting.seed, 0, 0, f"crop-{sha256}", variant.crop_index)
+            pixels, geometry = fit(
+                pixels_u8, target_px, crop=cutting.images.crop, flip=variant.flipped, generator=generator
+            )
+            yield _Job(path, index, keys[index], pixels, geometry)
+
+
+def _batched(jobs: Iterator[_Job], batch_size: int) -> Iterator[list[_Job]]:
+    """Full batches of one shape as they fill, then the ragged rest."""
+    waiting: dict[tuple[int, int], list[_Job]] = {}
+    for job in jobs:
+        group = waiting.setdefault(job.geometry.target_px, [])
+        group.append(job)
+        if len(group) >= batch_size:
+            yield waiting.pop(job.geometry.target_px)
+    yield from waiting.values()
+
+
+def _encode(batch: Sequence[_Job], encode: Callable[[Tensor], list[Moments]]) -> list[CachedLatent]:
+    moments = encode(torch.stack([job.pixels for job in batch]))
+    if len(moments) != len(batch):
+        raise ValueError(f"the encoder gave {len(moments)} results for {len(batch)} photos")
+    own = [Moments(_own(each.mean).float(), _own(each.std).float()) for each in moments]
+    bad = [
+        str(job.path)
+        for job, each in zip(batch, own, strict=True)
+        if not (torch.isfinite(each.mean).all() and torch.isfinite(each.std).all())
+    ]
+    if bad:
+        raise _not_finite("image encoder (VAE)", bad)
+    return [CachedLatent(each, job.geometry) for job, each in zip(batch, own, strict=True)]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that shares no memory: a view would keep a whole batch, or a GPU's memory, alive."""
+    return tensor.detach().to("cpu", copy=True).contiguous().clone()
+
+
+def _not_finite(encoder: str, names: Sequence[str]) -> TrainingError:
+    return TrainingError(
+        f"the {encoder} gave numbers that are not finite for: {', '.join(names)}",
+        'Run it in float32 (model.dtype = "fp32"); if that is so already, its weights are damaged.',
+    )

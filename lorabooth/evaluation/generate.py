@@ -1,0 +1,257 @@
+"""Images from a pipeline, without leaving a trace on it: previews, class images and samples come from here.
+
+Image i depends on its own prompt and seed only: every image has its own CPU generator, so batch size and
+order do not matter (beyond the rounding of batched arithmetic). Modes, scheduler and devices are put back,
+and no global random state is read.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from lorabooth.errors import LoraboothError, OutOfMemoryError, RecipeError
+from lorabooth.progress import Reporter, Silent
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from PIL.Image import Image
+    from torch import Tensor
+
+Sampler = Literal["dpm++", "checkpoint"]
+
+# What diffusers raises for a wrong size, dtype or device. Anything else is a bug of ours and shows itself.
+_PIPELINE_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
+
+
+def generate(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    height_px: int | None = None,
+    width_px: int | None = None,
+    sampler: Sampler = "dpm++",
+    batch_size: int = 1,
+    encoded: Mapping[str, Tensor] | None = None,
+    reporter: Reporter | None = None,
+    on_image: Callable[[int, Image], None] | None = None,
+) -> list[Image]:
+    """Draw one image per (prompt, seed) pair.
+
+    Args:
+        pipeline: a Stable Diffusion pipeline; parts on other devices than the denoiser visit it and go back.
+        prompts: one per image.
+        seeds: one per image, 0 <= seed < 2**63.
+        steps: sampler steps, >= 1.
+        guidance: classifier-free guidance scale; <= 1 is without.
+        height_px: image height, a multiple of 8; None is what the base was trained at.
+        width_px: likewise.
+        sampler: "dpm++" is DPM-Solver++ 2M (arXiv 2211.01095) on the checkpoint's own noise schedule;
+            "checkpoint" the scheduler that the checkpoint names.
+        batch_size: most images at once; halved when memory runs out.
+        encoded: prompt -> text embedding [tokens, width], and "" for guidance, where the text encoder
+            has left memory; None encodes with the pipeline's.
+        reporter: hears of the progress.
+        on_image: called with (index, image) as soon as an image is there.
+
+    Returns:
+        RGB images in the order of the prompts. What came out non-finite is black.
+
+    Raises:
+        OutOfMemoryError: one image alone does not fit.
+        LoraboothError: the pipeline failed otherwise.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds")
+    reporter = reporter or Silent()
+    images: list[Image] = []
+    with ExitStack() as restored, torch.no_grad():
+        restored.enter_context(_evaluating(pipeline))
+        restored.enter_context(_together(pipeline))
+        restored.enter_context(_scheduled(pipeline, sampler))
+        task = restored.enter_context(reporter.task("Sampling", len(prompts), unit="image"))
+        size = max(1, batch_size)
+        while len(images) < len(prompts):
+            batch = slice(len(images), len(images) + size)
+            options = {"height": height_px, "width": width_px, "num_inference_steps": steps}
+            made = _batch(
+                pipeline, prompts[batch], seeds[batch], {**options, "guidance_scale": guidance}, encoded
+            )
+            if made is None:
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                if size == 1:
+                    raise _too_little_memory(height_px, width_px)
+                size = max(1, min(size, len(prompts) - len(images)) // 2)
+                reporter.warn(f"Memory ran out while sampling; going on with {size} image(s) at once.")
+                continue
+            for image, finite in made:
+                if not finite:
+                    reporter.warn(f'"{prompts[len(images)]}", seed {seeds[len(images)]}: the base drew NaN.')
+                if on_image:
+                    on_image(len(images), image)
+                images.append(image)
+                task.advance()
+    return images
+
+
+def dpm_solver(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A fresh DPM-Solver++ 2M with the noise schedule and prediction type of another scheduler.
+
+    Raises:
+        RecipeError: the scheduler is no discrete diffusion (a flow model's, for one).
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    if "num_train_timesteps" not in scheduler.config or prediction not in (
+        "epsilon",
+        "v_prediction",
+        "sample",
+    ):
+        raise RecipeError(
+            f'DPM-Solver++ cannot draw from a base whose prediction type is "{prediction}".',
+            'Choose the sampler "checkpoint".',
+        )
+    return DPMSolverMultistepScheduler.from_config(
+        scheduler.config,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        use_karras_sigmas=False,
+        thresholding=False,
+    )
+
+
+def _batch(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    encoded: Mapping[str, Tensor] | None,
+) -> list[tuple[Image, bool]] | None:
+    """Images with "all finite", or None if memory ran out. Its frame, and all it holds, is gone on return."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    try:
+        embeddings = _embed(pipeline, prompts, options["guidance_scale"] > 1, encoded)
+        latents = pipeline(**options, **embeddings, generator=generators, output_type="latent").images
+        return [_decode(pipeline, one) for one in latents.split(1)]
+    except _PIPELINE_FAILURES as error:
+        if _is_out_of_memory(error):
+            return None
+        raise LoraboothError(f"Sampling failed: {error}") from error
+
+
+def _embed(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    guided: bool,
+    encoded: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """The text embeddings as the pipeline takes them, in the denoiser's dtype and on its device."""
+    unet = pipeline.unet
+    if encoded is None:
+        positive, negative = pipeline.encode_prompt(list(prompts), unet.device, 1, guided)
+    else:
+        positive = torch.stack([encoded[prompt] for prompt in prompts])
+        negative = torch.stack([encoded[""]] * len(prompts)) if guided else None
+    embeddings = {"prompt_embeds": positive.to(unet.device, unet.dtype)}
+    if guided:
+        embeddings["negative_prompt_embeds"] = negative.to(unet.device, unet.dtype)
+    return embeddings
+
+
+def _decode(pipeline: DiffusionPipeline, latent_1Chw: Tensor) -> tuple[Image, bool]:
+    """One latent -> an RGB image and whether all of it was finite. Never in half precision, which overflows."""
+    vae = pipeline.vae
+    with _at_least_single(vae):
+        scaled = latent_1Chw.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        pixels = vae.decode(scaled, return_dict=False)[0].float()
+    finite = bool(torch.isfinite(pixels).all())
+    pixels = torch.nan_to_num(pixels, nan=-1.0, posinf=-1.0, neginf=-1.0)
+    return pipeline.image_processor.postprocess(pixels, output_type="pil")[0], finite
+
+
+@contextmanager
+def _at_least_single(module: nn.Module) -> Iterator[None]:
+    # float16 -> float32 -> float16 is exact, so the weights come back bit for bit.
+    half = next(module.parameters()).dtype == torch.float16
+    if half:
+        module.float()
+    try:
+        yield
+    finally:
+        if half:
+            module.half()
+
+
+@contextmanager
+def _evaluating(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """All modules in eval mode; each gets its own mode back."""
+    modes = [(module, module.training) for part in _modules(pipeline) for module in part.modules()]
+    for part in _modules(pipeline):
+        part.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _together(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """All modules on the denoiser's device; what was elsewhere goes back."""
+    device = pipeline.unet.device
+    away = [(part, place) for part in _modules(pipeline) if (place := _device(part)) != device]
+    try:
+        for part, _ in away:
+            part.to(device)
+        yield
+    finally:
+        for part, place in away:
+            part.to(place)
+
+
+@contextmanager
+def _scheduled(pipeline: DiffusionPipeline, sampler: Sampler) -> Iterator[None]:
+    """A scheduler of our own (they keep state) and no progress bar; both are put back."""
+    scheduler = pipeline.scheduler
+    bar = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.scheduler = (
+        dpm_solver(scheduler) if sampler == "dpm++" else type(scheduler).from_config(scheduler.config)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = scheduler
+        pipeline.set_progress_bar_config(**bar)
+
+
+def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # The CPU allocator has no exception type of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _too_little_memory(height_px: int | None, width_px: int | None) -> OutOfMemoryError:
+    size = f" of {width_px} x {height_px} px" if height_px and width_px else ""
+    return OutOfMemoryError(
+        f"There is too little memory to draw a single image{size}.",
+        'Try a smaller image, half precision (dtype "bf16" or "fp16"), or end other programs that use the device.',
+    )

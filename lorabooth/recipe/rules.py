@@ -1,0 +1,154 @@
+"""The rules of a recipe that join several keys, or look into a text: what no single field's type can say."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lorabooth.recipe.schema import Recipe
+
+Key = tuple[str | int, ...]
+"""A place in a recipe: ("optim", "lr"), ("subjects", 0, "noun")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        key: the place it is reported under.
+        text: what is wrong and what is allowed.
+        also: other keys it depends on; when one of those is wrong itself, this problem is not reported.
+    """
+
+    key: Key
+    text: str
+    also: tuple[Key, ...] = ()
+
+
+def key_text(key: Key) -> str:
+    """A key as users write it: "optim.lr", "subjects[0].noun"."""
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def value_text(value: object) -> str:
+    """A value as TOML would show it, shortened."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        text = '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    elif isinstance(value, Mapping):
+        text = "a table"
+    else:
+        text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def broken_rules(recipe: Recipe) -> Iterator[Problem]:
+    """Every rule over several keys, or over a text's content, that a recipe breaks."""
+    for rule in (_subject_rules, _prior_rules, _optim_rules, _text_rules):
+        yield from rule(recipe)
+
+
+def _subject_rules(recipe: Recipe) -> Iterator[Problem]:
+    if not recipe.subjects:
+        yield Problem(("subjects",), "there is no subject; add [[subjects]] with images and noun")
+    first: dict[tuple[str, str], int] = {}
+    for i, subject in enumerate(recipe.subjects):
+        for name in ("images", "noun", "token"):
+            if text := _plain_text(getattr(subject, name), braces=name != "images"):
+                yield Problem(("subjects", i, name), text)
+        if any(char.isspace() for char in subject.token):
+            yield Problem(("subjects", i, "token"), f"{value_text(subject.token)} has a space; use one word")
+        both = ("token", "noun")
+        yield from _placeholders(("subjects", i, "template"), subject.template, both, both)
+        name_pair = (subject.token.lower(), subject.noun.lower())
+        if subject.token != "auto" and name_pair in first:
+            other = first[name_pair]
+            text = f"same token and noun as subjects[{other}]; give each subject its own token"
+            also: list[Key] = [("subjects", j, name) for j in (i, other) for name in ("token", "noun")]
+            yield Problem(("subjects", i, "token"), text, tuple(also))
+        first.setdefault(name_pair, i)
+
+
+def _prior_rules(recipe: Recipe) -> Iterator[Problem]:
+    prior = recipe.prior
+    mode_key: Key = ("prior", "mode")
+    if prior.mode == "images" and not prior.images:
+        text = 'is missing; prior.mode = "images" needs a folder of class images'
+        yield Problem(("prior", "images"), text, (mode_key,))
+    if prior.images and prior.mode != "images":
+        text = f'is only used with prior.mode = "images", but that is "{prior.mode}"; change one of the two'
+        yield Problem(("prior", "images"), text, (mode_key,))
+    if prior.prompt != "auto":
+        if "{token}" in prior.prompt:
+            text = "the class prompt is without {token}: it stands for the class, not for the subject"
+            yield Problem(("prior", "prompt"), text)
+        else:
+            yield from _placeholders(("prior", "prompt"), prior.prompt, ("noun",))
+
+
+def _optim_rules(recipe: Recipe) -> Iterator[Problem]:
+    off: Key = ("adapter", "text_encoder")
+    if not recipe.adapter.text_encoder:
+        hint = "is set, but adapter.text_encoder is false; set it to true or remove this key"
+        if recipe.optim.text_encoder_lr != "auto":
+            yield Problem(("optim", "text_encoder_lr"), hint, (off,))
+        if recipe.adapter.text_encoder_rank != "auto":
+            yield Problem(("adapter", "text_encoder_rank"), hint, (off,))
+    steps, warmup = recipe.optim.steps, recipe.optim.warmup_steps
+    if steps != "auto" and warmup > steps:
+        text = f"{warmup} is more than optim.steps = {steps}; the learning rate would never reach its peak"
+        yield Problem(("optim", "warmup_steps"), text, (("optim", "steps"),))
+
+
+def _text_rules(recipe: Recipe) -> Iterator[Problem]:
+    named = {
+        ("model", "base"): recipe.model.base,
+        ("model", "family"): recipe.model.family,
+        ("adapter", "targets"): recipe.adapter.targets,
+        ("run", "out"): recipe.run.out,
+    }
+    for key, value in named.items():
+        if text := _plain_text(value, braces=False):
+            yield Problem(key, text)
+    for i, prompt in enumerate(recipe.run.sample_prompts):
+        for problem in _placeholders(("run", "sample_prompts"), prompt, ("token", "noun")):
+            yield Problem(problem.key, f"entry {i + 1}: {problem.text}")
+
+
+def _plain_text(value: str, *, braces: bool) -> str:
+    """What is wrong with a one-line text, or ""."""
+    if not value:
+        return "is empty"
+    if any(ord(char) < 32 or ord(char) == 127 for char in value):
+        return f"{value_text(value)} has a line break or control character"
+    if braces and ("{" in value or "}" in value):
+        return f"{value_text(value)} has braces; those are for templates"
+    return ""
+
+
+def _placeholders(key: Key, text: str, known: Sequence[str], needed: Sequence[str] = ()) -> Iterator[Problem]:
+    """Check the braces of a prompt template: only known names, and all that are needed."""
+    if wrong := _plain_text(text, braces=False):
+        yield Problem(key, wrong)
+        return
+    names = " and ".join(f"{{{name}}}" for name in known)
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError:
+        yield Problem(key, f"{value_text(text)} has a single brace; braces are only for {names}")
+        return
+    found = {field for _, field, _, _ in parts if field is not None}
+    plain = all(not spec and not conversion for _, field, spec, conversion in parts if field is not None)
+    if unknown := sorted(found - set(known)):
+        listed = ", ".join(f"{{{name}}}" for name in unknown)
+        yield Problem(key, f"{value_text(text)} has unknown {listed}; only {names} can be used")
+    elif not plain or "{{" in text or "}}" in text:
+        yield Problem(key, f"{value_text(text)}: braces are only for {names}, written exactly so")
+    if missing := [f"{{{name}}}" for name in needed if name not in found]:
+        yield Problem(key, f"{value_text(text)} lacks {' and '.join(missing)}")

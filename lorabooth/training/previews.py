@@ -1,0 +1,109 @@
+"""Sample images of a run, drawn with random numbers of their own, so that they cannot change it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabooth.errors import LoraboothError
+from lorabooth.families.base import Family, Parts
+from lorabooth.progress import Reporter
+from lorabooth.training import durable
+from lorabooth.training.folder import RunFolder
+from lorabooth.training.studio import Studio
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Previews:
+    """Draws the run's sample prompts when asked.
+
+    Attributes:
+        family: of the base.
+        complete: gives the parts with a VAE (loaded anew if it has left memory).
+        studio: what draws.
+        prompts: rows of the grid.
+        seeds: its columns.
+        steps: sampler steps.
+        guidance: classifier-free guidance scale.
+        side_px: image side.
+        encoded: prompt -> text embedding, and "" for guidance; None while the text encoder is there.
+        folder: where they are written.
+        adapter_off: context with the adapter switched off.
+        reporter: hears of progress and failures.
+    """
+
+    family: Family
+    complete: Callable[[], Parts]
+    studio: Studio
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    steps: int
+    guidance: float
+    side_px: int
+    encoded: Mapping[str, Tensor] | None
+    folder: RunFolder
+    adapter_off: Callable[[], AbstractContextManager[Any]]
+    reporter: Reporter
+
+    def draw(self, step: int, *, adapter: bool = True) -> Path | None:
+        """Draw all prompts with all seeds into samples/step-NNNNNN, with a grid.
+
+        Args:
+            step: finished steps; names the folder ("before" when the adapter is off).
+            adapter: on or off.
+
+        Returns:
+            The grid, or None if drawing failed: a failure is told, and the run goes on.
+        """
+        place = self.folder.step_samples(step) if adapter else self.folder.samples / "before"
+        pairs = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        try:
+            with nullcontext() if adapter else self.adapter_off():
+                images = self.studio.generate(
+                    self.family.pipeline(self.complete()),
+                    [prompt for prompt, _ in pairs],
+                    [seed for _, seed in pairs],
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    height_px=self.side_px,
+                    width_px=self.side_px,
+                    batch_size=len(self.seeds),
+                    encoded=self.encoded,
+                    reporter=self.reporter,
+                )
+            return self._save(place, pairs, images, "before training" if not adapter else f"step {step}")
+        except (LoraboothError, OSError) as error:
+            self.reporter.warn(f"the samples of step {step} could not be drawn; training goes on. {error}")
+            return None
+
+    def _save(
+        self, place: Path, pairs: Sequence[tuple[str, int]], images: Sequence[Image], title: str
+    ) -> Path:
+        place.mkdir(parents=True, exist_ok=True)
+        for index, ((prompt, seed), image) in enumerate(zip(pairs, images, strict=True)):
+            durable.replace(place / self.studio.file_name(prompt, seed, index), png(image))
+        columns = len(self.seeds)
+        rows = [images[first : first + columns] for first in range(0, len(images), columns)]
+        grid = self.studio.draw_grid(
+            rows,
+            row_labels=list(self.prompts),
+            column_labels=[f"seed {seed}" for seed in self.seeds],
+            title=title,
+        )
+        durable.replace(place / "grid.png", png(grid))
+        return place / "grid.png"
+
+
+def png(image: Image) -> bytes:
+    """An image as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,149 @@
+"""What is learned, in words: each subject's prompts, its photos, and the prompts of the previews."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorabooth.data import images, records
+from lorabooth.data.images import PhotoReport
+from lorabooth.data.records import Scan
+from lorabooth.progress import Reporter
+from lorabooth.prompts import class_prompt, instance_prompt
+from lorabooth.recipe import Recipe
+from lorabooth.types import Record, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One subject with its prompts filled in.
+
+    Attributes:
+        name: "token noun", e.g. "qzx dog"; also the trigger words of the adapter.
+        prompt: "a photo of a qzx dog".
+        class_prompt: "a photo of a dog".
+        folder: of its photos.
+        captions: whether .txt files are read.
+        placeholders: what "{token}" and "{noun}" stand for.
+    """
+
+    name: str
+    prompt: str
+    class_prompt: str
+    folder: Path
+    captions: bool
+    placeholders: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Photos:
+    """The subjects' photos, found and checked.
+
+    Attributes:
+        scans: by subject, in the recipe's order.
+        report: of decoding all of them.
+    """
+
+    scans: tuple[Scan, ...]
+    report: PhotoReport
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All subjects' records."""
+        return tuple(record for scan in self.scans for record in scan.records)
+
+    def summary(self) -> str:
+        """Used N of M per folder, and why."""
+        return "\n".join(
+            f"{scan.records[0].path.parent.name}: {scan.summary()}" for scan in self.scans if scan.records
+        )
+
+
+def subjects_of(recipe: Recipe) -> tuple[Subject, ...]:
+    """Fill in the prompts of a recipe whose tokens are resolved."""
+    found = []
+    for section in recipe.subjects:
+        prior_prompt = recipe.prior.prompt
+        found.append(
+            Subject(
+                name=f"{section.token} {section.noun}",
+                prompt=instance_prompt(section.template, section.token, section.noun),
+                class_prompt=class_prompt(section.template, section.noun) if prior_prompt == "auto" else prior_prompt,
+                folder=Path(section.images),
+                captions=section.captions,
+                placeholders={"token": section.token, "noun": section.noun},
+            )
+        )
+    return tuple(found)
+
+
+def gather(subjects: Sequence[Subject], *, resolution_px: int, reporter: Reporter) -> Photos:
+    """List and decode all photos.
+
+    Raises:
+        DataError: a folder or a photo or a caption cannot be used; all bad photos in one message.
+    """
+    scans = tuple(
+        records.scan(
+            subject.folder,
+            role=Role.INSTANCE,
+            subject=subject.name,
+            prompt=subject.prompt,
+            captions=subject.captions,
+            placeholders=subject.placeholders,
+        )
+        for subject in subjects
+    )
+    every = [record for scan in scans for record in scan.records]
+    report = images.check(every, resolution_px=resolution_px, reporter=reporter)
+    images.require_good(report)
+    return Photos(scans, report)
+
+
+def as_class_examples(photos: Sequence[Record], subjects: Sequence[Subject]) -> tuple[Record, ...]:
+    """The subject's own photos under the class prompt: what `distill` holds the model to (no class images)."""
+    prompts = {subject.name: subject.class_prompt for subject in subjects}
+    return tuple(replace(photo, role=Role.CLASS, caption=prompts[photo.subject]) for photo in photos)
+
+
+def class_records(folder_of: Mapping[str, Sequence[Path]], subjects: Sequence[Subject]) -> tuple[Record, ...]:
+    """Records of generated class images.
+
+    Args:
+        folder_of: class prompt -> its images.
+        subjects: those whose classes they are; two subjects of one class share one pool.
+    """
+    owner = {subject.class_prompt: subject.name for subject in reversed(subjects)}
+    return tuple(
+        Record(path=path, caption=prompt, role=Role.CLASS, subject=owner[prompt])
+        for prompt, paths in folder_of.items()
+        for path in paths
+    )
+
+
+def own_class_images(folder: Path, subjects: Sequence[Subject]) -> Scan:
+    """The user's folder of class images (prior mode "images"), under the first subject's class prompt.
+
+    Captions beside the images are not read: prior preservation is about the class prompt.
+    """
+    first = subjects[0]
+    return records.scan(folder, role=Role.CLASS, subject=first.name, prompt=first.class_prompt, captions=False)
+
+
+def preview_prompts(recipe: Recipe, subjects: Sequence[Subject]) -> tuple[str, ...]:
+    """The prompts that show how the run goes: the recipe's, or each subject's prompt and its class prompt."""
+    if not recipe.run.sample_prompts:
+        pairs = [prompt for subject in subjects for prompt in (subject.prompt, subject.class_prompt)]
+        return tuple(dict.fromkeys(pairs))
+    filled = []
+    for template in recipe.run.sample_prompts:
+        owners = subjects if "{token}" in template or "{noun}" in template else subjects[:1]
+        for subject in owners:
+            if "{token}" in template:
+                filled.append(
+                    instance_prompt(template, subject.placeholders["token"], subject.placeholders["noun"])
+                )
+            else:
+                filled.append(class_prompt(template, subject.placeholders["noun"]))
+    return tuple(dict.fromkeys(filled))
