@@ -36,7 +36,10 @@ def _version(name: str) -> str | None:
 def _commit() -> str:
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "-C", str(root), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout.strip() or "unknown"
 

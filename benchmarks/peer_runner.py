@@ -36,7 +36,9 @@ class _InterpolationMode(enum.Enum):
 def _resize(size: int, interpolation: Any = None) -> Any:
     def apply(image: Image.Image) -> Image.Image:
         scale = size / min(image.size)
-        return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+        return image.resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR
+        )
 
     return apply
 
@@ -65,8 +67,10 @@ def _torchvision_stand_in() -> None:
     transforms.Resize = _resize  # type: ignore[attr-defined]
     transforms.CenterCrop = lambda size: _crop(size, center=True)  # type: ignore[attr-defined]
     transforms.RandomCrop = lambda size: _crop(size, center=False)  # type: ignore[attr-defined]
-    transforms.ToTensor = lambda: lambda image: (  # type: ignore[attr-defined]
-        torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+    transforms.ToTensor = lambda: (
+        lambda image: (  # type: ignore[attr-defined]
+            torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+        )
     )
     transforms.Normalize = lambda mean, std: lambda x: (x - mean[0]) / std[0]  # type: ignore[attr-defined]
     transforms.Compose = _compose  # type: ignore[attr-defined]

@@ -104,7 +104,14 @@ def run_peer(script: Path, work: Path, round_: int, steps: int, resolution: int)
     }
     arguments = [f"--{key}={value}" for key, value in options.items()]
     subprocess.run(
-        [sys.executable, str(HERE / "peer_runner.py"), str(script), str(times), *arguments, "--with_prior_preservation"],
+        [
+            sys.executable,
+            str(HERE / "peer_runner.py"),
+            str(script),
+            str(times),
+            *arguments,
+            "--with_prior_preservation",
+        ],
         check=True,
         cwd=work,
     )
@@ -174,7 +181,8 @@ def main() -> None:
         result["peer_torchvision_stand_in"] = peer[0]["torchvision_stand_in"]
         result["speed_ratio"] = result["peer_step_s"] / result["ours_step_s"]
         result["speed_ratio_per_round"] = [
-            statistics.median(b["step_s"]) / statistics.median(a["step_s"]) for a, b in zip(ours, peer, strict=True)
+            statistics.median(b["step_s"]) / statistics.median(a["step_s"])
+            for a, b in zip(ours, peer, strict=True)
         ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,11 +1,9 @@
 """Adapter tensors, canonical <-> the layouts that other tools read and write. Dict to dict; bijections.
 
-| layout      | module names                            | factors                          | alpha              |
-|-------------|-----------------------------------------|----------------------------------|--------------------|
-| canonical   | `denoiser.down_blocks.0...to_q`         | `.lora_A` `.lora_B`              | `.alpha`           |
-| kohya       | `lora_unet_down_blocks_0_..._to_q`      | `.lora_down.weight` `.lora_up.weight` | `.alpha`      |
-| diffusers   | `unet.down_blocks.0...to_q`             | `.lora_A.weight` `.lora_B.weight` | file header (JSON) |
-| peft        | `base_model.model.down_blocks.0...to_q` | `.lora_A.weight` `.lora_B.weight` | adapter_config.json |
+canonical  `denoiser.down_blocks.0...to_q` + `.lora_A`, `.lora_B`, `.alpha`
+kohya      `lora_unet_down_blocks_0..._to_q` + `.lora_down.weight`, `.lora_up.weight`, `.alpha`
+diffusers  `unet.down_blocks.0...to_q` + `.lora_A.weight`, `.lora_B.weight`; alphas in the header, as JSON
+peft       `base_model.model.down_blocks.0...to_q` + as diffusers; alphas in adapter_config.json
 
 kohya's is the layout that is saved: diffusers, ComfyUI and A1111 all open it, with every module's alpha in
 the file. A PEFT folder holds one component (peft_folder.py). Everywhere the effective weight is
@@ -17,21 +15,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lorabooth.adapters import names
+from lorabooth.adapters import lora_config, names
 from lorabooth.errors import AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LAYOUTS = ("kohya", "diffusers", "peft")
-DIFFUSERS_HEADER_KEY = "lora_adapter_metadata"
-"""Header entry in which diffusers (0.34 and later) keeps LoRA configurations, as JSON."""
 
 _KOHYA_KINDS = MappingProxyType({"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "alpha": "alpha"})
 _KOHYA_SUFFIXES = MappingProxyType({kind: suffix for suffix, kind in _KOHYA_KINDS.items()})
@@ -51,16 +46,15 @@ _DOTTED_KINDS = MappingProxyType(
 )
 # diffusers before 0.22: "...attn1.processor.to_q_lora.down.weight", and "...self_attn.to_q_lora.down.weight".
 _OLD_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
-_DIFFUSERS_COMPONENTS = MappingProxyType(
-    {
-        "unet": "denoiser",
-        "transformer": "denoiser",
-        "text_encoder": "text_encoder",
-        "text_encoder_2": "text_encoder_2",
-        "text_encoder_3": "text_encoder_3",
-    }
+_UNET_TOPS = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_in.",
+    "conv_out.",
+    "time_embedding.",
+    "add_embedding.",
 )
-_UNET_TOPS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 _PEFT_PREFIX = "base_model.model."
 _NOT_LORA = MappingProxyType(
     {
@@ -81,18 +75,13 @@ class Imported:
     """Canonical tensors of a foreign adapter, and what had to be assumed about it.
 
     Attributes:
-        tensors: canonical names; lora_A [r,in] or [r,in,k,k], lora_B [out,r] or [out,r,1,1] in the file's dtype,
-            alpha [] float32.
+        tensors: canonical names; lora_A [r,in] or [r,in,k,k] and lora_B [out,r] or [out,r,1,1] in the file's
+            dtype, alpha [] float32.
         notes: sentences for the user, e.g. that alpha was absent and is taken as the rank.
     """
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
-
-
-def component_prefix(component: str) -> str:
-    """diffusers' name of a canonical component: "denoiser" -> "unet"."""
-    return "unet" if component == "denoiser" else component
 
 
 def detect(keys: Collection[str]) -> str:
@@ -113,7 +102,9 @@ def detect(keys: Collection[str]) -> str:
     raise AdapterError(f"No LoRA tensors are in this file; its tensors are called {_some(keys)}.")
 
 
-def export(tensors: Mapping[str, Tensor], layout: str, family: str, component: str = "denoiser") -> dict[str, Tensor]:
+def export(
+    tensors: Mapping[str, Tensor], layout: str, family: str, component: str = "denoiser"
+) -> dict[str, Tensor]:
     """Canonical tensors -> a layout's tensors (the same objects, other names).
 
     Args:
@@ -124,7 +115,7 @@ def export(tensors: Mapping[str, Tensor], layout: str, family: str, component: s
 
     Returns:
         Tensors by the layout's names. In "diffusers" and "peft" alpha travels apart, see `export_header` and
-        `lora_config`.
+        `lora_config.build`.
 
     Raises:
         AdapterError: incomplete modules, or names that the layout cannot hold.
@@ -137,7 +128,7 @@ def export(tensors: Mapping[str, Tensor], layout: str, family: str, component: s
             if layout == "kohya":
                 out[f"{names.kohya_name(module, family)}.{_KOHYA_SUFFIXES[kind]}"] = tensor
             elif kind != "alpha" and layout == "diffusers":
-                out[f"{component_prefix(owner)}.{path}.{kind}.weight"] = tensor
+                out[f"{lora_config.prefix_of(owner)}.{path}.{kind}.weight"] = tensor
             elif kind != "alpha" and layout == "peft":
                 if owner != component:
                     raise AdapterError(f"A PEFT folder of {component!r} cannot hold {module!r}.")
@@ -154,46 +145,23 @@ def export_header(tensors: Mapping[str, Tensor], layout: str) -> dict[str, str]:
     packed: dict[str, Any] = {}
     modules = ranks_and_alphas(tensors)
     for component in sorted({names.split_module(module)[0] for module in modules}):
-        for key, value in lora_config(modules, component).items():
-            packed[f"{component_prefix(component)}.{key}"] = value
-    return {DIFFUSERS_HEADER_KEY: json.dumps(packed, indent=2, sort_keys=True)}
-
-
-def lora_config(modules: Mapping[str, tuple[int, float]], component: str) -> dict[str, Any]:
-    """PEFT's LoraConfig fields for one component: r, lora_alpha, their patterns, target_modules.
-
-    Args:
-        modules: canonical module -> (rank, alpha), as from `ranks_and_alphas`.
-        component: which one.
-
-    Text encoder names are written without `text_model.`: PEFT matches them as endings, so they fit both trees.
-    """
-    anchor = "" if component.startswith("text_encoder") else "^"
-    own = {
-        names.flat_path(component, path): value
-        for (owner, path), value in ((names.split_module(module), value) for module, value in modules.items())
-        if owner == component
-    }
-    rank = Counter(rank for rank, _ in own.values()).most_common(1)[0][0]
-    alpha = Counter(alpha for _, alpha in own.values()).most_common(1)[0][0]
-    return {
-        "r": rank,
-        "lora_alpha": _plain(alpha),
-        "rank_pattern": {anchor + path: r for path, (r, _) in sorted(own.items()) if r != rank},
-        "alpha_pattern": {anchor + path: _plain(a) for path, (_, a) in sorted(own.items()) if a != alpha},
-        "target_modules": sorted(own),
-    }
+        for key, value in lora_config.build(modules, component).items():
+            packed[f"{lora_config.prefix_of(component)}.{key}"] = value
+    return {lora_config.HEADER_KEY: json.dumps(packed, indent=2, sort_keys=True)}
 
 
 def import_(
-    tensors: Mapping[str, Tensor], layout: str, header: Mapping[str, str] | None = None, component: str = "denoiser"
+    tensors: Mapping[str, Tensor],
+    layout: str,
+    header: Mapping[str, str] | None = None,
+    component: str = "denoiser",
 ) -> Imported:
     """A layout's tensors -> canonical tensors; no tensor is ever dropped.
 
     Args:
         tensors: by the layout's names.
         layout: "kohya", "diffusers" or "peft", as from `detect`.
-        header: the file's string metadata; for "peft" the entry `adapter_config` holds the configuration's JSON.
+        header: the file's string metadata; for "peft", `adapter_config` holds the configuration's JSON.
         component: the one that a PEFT dict belongs to.
 
     Raises:
@@ -214,9 +182,9 @@ def import_(
         raise AdapterError(
             f"{len(unmatched)} of the file's {len(tensors)} tensors are not known in the {layout} layout: "
             f"{_some(unmatched)}.",
-            "LoRA on the linear and convolution layers of Stable Diffusion's UNet and CLIP text encoders can be read.",
+            "LoRA on linear and convolution layers of Stable Diffusion's UNet and CLIP can be read.",
         )
-    return _with_alphas(out, _configs(layout, header or {}, component))
+    return _with_alphas(out, lora_config.parse(layout, header or {}, component))
 
 
 def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
@@ -244,7 +212,9 @@ def _rank(module: str, down: Tensor, up: Tensor) -> int:
     a, b = tuple(down.shape), tuple(up.shape)
     fits = len(a) == len(b) and len(a) in (2, 4) and min(*a, *b) > 0 and a[0] == b[1]
     if not fits or b[2:] not in ((), (1, 1)):
-        raise AdapterError(f"The factors of {module!r} do not fit together: lora_A {list(a)}, lora_B {list(b)}.")
+        raise AdapterError(
+            f"The factors of {module!r} do not fit together: lora_A {list(a)}, lora_B {list(b)}."
+        )
     return a[0]
 
 
@@ -263,9 +233,9 @@ def _parse(key: str, layout: str, component: str) -> tuple[str, str] | None:
 
 
 def _parse_dotted(key: str) -> tuple[str, str] | None:
-    """diffusers' spellings: `unet.` or another component first; a bare UNet path is the denoiser's."""
+    """Diffusers' spellings: `unet.` or another component first; a bare UNet path is the denoiser's."""
     prefix, _, rest = key.partition(".")
-    component = _DIFFUSERS_COMPONENTS.get(prefix)
+    component = lora_config.COMPONENTS.get(prefix)
     if component is None:
         component, rest = ("denoiser", key) if key.startswith(_UNET_TOPS) else (None, "")
     parsed = _parse_suffix(rest)
@@ -291,27 +261,6 @@ def _module(component: str, path: str) -> str:
     return module
 
 
-def _configs(layout: str, header: Mapping[str, str], component: str) -> dict[str, dict[str, Any]]:
-    """Component -> LoRA configuration, from a file header or a PEFT folder."""
-    raw = header.get({"diffusers": DIFFUSERS_HEADER_KEY, "peft": "adapter_config"}.get(layout, ""), "")
-    if not raw:
-        return {}
-    try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"The adapter's LoRA configuration is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise AdapterError("The adapter's LoRA configuration is not a JSON object.")
-    if layout == "peft":
-        return {component: config}
-    out: dict[str, dict[str, Any]] = {}
-    for key, value in config.items():
-        prefix, _, field = key.partition(".")
-        if prefix in _DIFFUSERS_COMPONENTS:
-            out.setdefault(_DIFFUSERS_COMPONENTS[prefix], {})[field] = value
-    return out
-
-
 def _with_alphas(tensors: dict[str, Tensor], configs: Mapping[str, Mapping[str, Any]]) -> Imported:
     """Add each module's alpha: from the file, else its configuration, else the rank; check completeness."""
     import torch
@@ -326,44 +275,18 @@ def _with_alphas(tensors: dict[str, Tensor], configs: Mapping[str, Mapping[str, 
         alpha = tensors.get(f"{module}.alpha")
         if alpha is None:
             component, path = names.split_module(module)
-            found = _alpha_from(configs[component], component, path, rank) if component in configs else None
+            found = (
+                lora_config.alpha_of(configs[component], component, path, rank)
+                if component in configs
+                else None
+            )
             assumed += found is None
             alpha = torch.tensor(float(rank) if found is None else found, dtype=torch.float32)
         out |= {f"{module}.lora_A": down, f"{module}.lora_B": up}
         out[f"{module}.alpha"] = alpha.reshape(()).to(torch.float32) if alpha.numel() == 1 else alpha
     ranks_and_alphas(out)
-    note = f"{assumed} modules carry no alpha; it is taken as their rank (strength 1 in diffusers and kohya's tools)."
+    note = f"{assumed} modules carry no alpha; it is taken as their rank, as diffusers and kohya's tools do."
     return Imported(out, (note,) if assumed else ())
-
-
-def _alpha_from(config: Mapping[str, Any], component: str, path: str, rank: int) -> float | None:
-    """A module's alpha by a LoRA configuration; the first pattern that ends its path wins, as in PEFT."""
-    for field in ("use_dora", "lora_bias"):
-        if config.get(field):
-            raise AdapterError(f"The adapter was trained with {field}, which cannot be read as a plain LoRA adapter.")
-    value = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise AdapterError("The adapter's alpha_pattern is not a table of module names.")
-    for pattern, pattern_value in patterns.items():
-        literal = pattern.replace("\\.", ".").removeprefix("^").removesuffix("$")
-        if re.search(r"[\\^$*+?()\[\]{}|]", literal):
-            raise AdapterError(f"The adapter's alpha_pattern {pattern!r} is a regular expression; only names are read.")
-        flat = names.flat_path(component, path)
-        whole = literal in (path, flat)
-        if whole or (not pattern.startswith("^") and path.endswith(f".{literal}")):
-            value = pattern_value
-            break
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(f"The adapter's alpha {value!r} is not a finite number.")
-    return float(value) * math.sqrt(rank) if config.get("use_rslora") else float(value)
-
-
-def _plain(value: float) -> int | float:
-    """An integer where it is one, as LoRA configurations customarily hold."""
-    return int(value) if value == int(value) else value
 
 
 def _some(keys: Collection[str], limit: int = 5) -> str:

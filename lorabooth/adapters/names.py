@@ -17,8 +17,8 @@ KINDS = ("lora_A", "lora_B", "alpha")
 
 _PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 
-# Parts of module paths that hold underscores themselves, and the plain ones. The set is closed and prefix-safe
-# (no entry is spelled by joining others), which is what makes underscore-joined names readable again.
+# Parts of module paths, many of which hold underscores themselves. The set is closed and no entry is spelled
+# by joining others, which is what makes underscore-joined names readable again.
 _ATOMS = (
     # UNet2DConditionModel
     *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "conv_in", "conv_out", "conv_shortcut"),
@@ -33,7 +33,12 @@ _ATOMS = (
 _TOKEN = re.compile(r"(" + "|".join(sorted(_ATOMS, key=len, reverse=True)) + r"|\d+)(?:_|$)")
 
 _KOHYA_COMPONENTS = MappingProxyType(
-    {"lora_unet_": "denoiser", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
+    {
+        "lora_unet_": "denoiser",
+        "lora_te1_": "text_encoder",
+        "lora_te2_": "text_encoder_2",
+        "lora_te_": "text_encoder",
+    }
 )
 KOHYA_PREFIXES = MappingProxyType(
     {
@@ -46,7 +51,7 @@ KOHYA_PREFIXES = MappingProxyType(
 )
 """Family -> component -> prefix of kohya's names; readers such as A1111 want exactly these."""
 
-# SDXL's UNet in the original (LDM) naming, which kohya trains on. Two layers per block, one in-between sampler.
+# SDXL's UNet in the original (LDM) naming, which kohya trains on: two layers a block and a sampler between.
 _RESNET_TO_LDM = MappingProxyType(
     {
         "conv1": "in_layers.2",
@@ -91,7 +96,7 @@ def split_module(module: str) -> tuple[str, str]:
     component, _, path = module.partition(".")
     if component not in COMPONENTS or not _PATH.fullmatch(path):
         raise AdapterError(
-            f"{module!r} is not an adapted module's name: it must begin with {', '.join(COMPONENTS)} and a dot."
+            f"{module!r} is not an adapted module's name: it begins with one of {', '.join(COMPONENTS)}."
         )
     return component, path
 
@@ -112,14 +117,16 @@ def flat_path(component: str, path: str) -> str:
 
 
 def kohya_name(module: str, family: str) -> str:
-    """kohya's underscore-joined name of a canonical module, as the family's readers spell it.
+    """Kohya's underscore-joined name of a canonical module, as the family's readers spell it.
 
     Raises:
         AdapterError: the family or the module has no such name, or the name could not be read back.
     """
     component, path = split_module(module)
     if family not in KOHYA_PREFIXES:
-        raise AdapterError(f"No kohya names are known for family {family!r} (known: {', '.join(KOHYA_PREFIXES)}).")
+        raise AdapterError(
+            f"No kohya names are known for family {family!r} (known: {', '.join(KOHYA_PREFIXES)})."
+        )
     prefix = KOHYA_PREFIXES[family].get(component)
     if prefix is None:
         raise AdapterError(f"Family {family!r} has no {component!r}, so {module!r} has no kohya name.")
@@ -156,7 +163,7 @@ def _unjoin(name: str) -> str | None:
 
 
 def _to_ldm(path: str) -> str:
-    """diffusers' SDXL UNet path -> LDM path."""
+    """Diffusers' SDXL UNet path -> LDM path."""
     if path in _TOP_TO_LDM:
         return _TOP_TO_LDM[path]
     if match := re.fullmatch(r"mid_block\.resnets\.([01])\.(\w+)", path):
@@ -167,7 +174,11 @@ def _to_ldm(path: str) -> str:
         down, block, layer = match[1] == "down", int(match[2]), int(match[4])
         if layer < (2 if down else 3):
             stem = f"input_blocks.{3 * block + layer + 1}" if down else f"output_blocks.{3 * block + layer}"
-            return f"{stem}.0.{_resnet_to_ldm(path, match[5])}" if match[3] == "resnets" else f"{stem}.1.{match[5]}"
+            return (
+                f"{stem}.0.{_resnet_to_ldm(path, match[5])}"
+                if match[3] == "resnets"
+                else f"{stem}.1.{match[5]}"
+            )
     if match := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", path):
         return f"input_blocks.{3 * int(match[1]) + 3}.0.op"
     if match := re.fullmatch(r"up_blocks\.([01])\.upsamplers\.0\.conv", path):
@@ -177,7 +188,9 @@ def _to_ldm(path: str) -> str:
 
 def _resnet_to_ldm(path: str, leaf: str) -> str:
     if leaf not in _RESNET_TO_LDM:
-        raise AdapterError(f"{path!r} is not a module of SDXL's UNet, so it has no name in its original layout.")
+        raise AdapterError(
+            f"{path!r} is not a module of SDXL's UNet, so it has no name in its original layout."
+        )
     return _RESNET_TO_LDM[leaf]
 
 

@@ -13,6 +13,7 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def _digest(key: str, tensors: Mapping[str, Tensor]) -> str:
 def _read(path: Path, key: str, reporter: Reporter) -> dict[str, Tensor] | None:
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         _distrust(path, f"cannot be read: {error.strerror or error}", reporter)
@@ -208,8 +209,10 @@ def _write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         what = f"the cache cannot be written: {path.parent}: {error.strerror or error}"
         if error.errno in _NO_SPACE:
             raise TrainingError(what, "Free some space, or set LORABOOTH_CACHE to another folder.") from error
         raise RecipeError(what, "Set LORABOOTH_CACHE to a folder that can be written.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -77,6 +77,7 @@ def generate(
         restored.enter_context(_evaluating(pipeline))
         restored.enter_context(_together(pipeline))
         restored.enter_context(_scheduled(pipeline, sampler))
+        restored.enter_context(torch.autocast(pipeline.unet.device.type, enabled=False))
         task = restored.enter_context(reporter.task("Sampling", len(prompts), unit="image"))
         size = max(1, batch_size)
         while len(images) < len(prompts):
@@ -112,14 +113,10 @@ def dpm_solver(scheduler: SchedulerMixin) -> SchedulerMixin:
     """
     from diffusers import DPMSolverMultistepScheduler
 
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    if "num_train_timesteps" not in scheduler.config or prediction not in (
-        "epsilon",
-        "v_prediction",
-        "sample",
-    ):
+    prediction = scheduler.config.get("prediction_type", "flow")
+    if "beta_schedule" not in scheduler.config or prediction not in ("epsilon", "v_prediction", "sample"):
         raise RecipeError(
-            f'DPM-Solver++ cannot draw from a base whose prediction type is "{prediction}".',
+            f"DPM-Solver++ cannot draw with this base's noise schedule (prediction type {prediction}).",
             'Choose the sampler "checkpoint".',
         )
     return DPMSolverMultistepScheduler.from_config(
@@ -142,7 +139,8 @@ def _batch(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     try:
         embeddings = _embed(pipeline, prompts, options["guidance_scale"] > 1, encoded)
-        latents = pipeline(**options, **embeddings, generator=generators, output_type="latent").images
+        with _without_text_encoder(pipeline):
+            latents = pipeline(**options, **embeddings, generator=generators, output_type="latent").images
         return [_decode(pipeline, one) for one in latents.split(1)]
     except _PIPELINE_FAILURES as error:
         if _is_out_of_memory(error):
@@ -170,9 +168,9 @@ def _embed(
 
 
 def _decode(pipeline: DiffusionPipeline, latent_1Chw: Tensor) -> tuple[Image, bool]:
-    """One latent -> an RGB image and whether all of it was finite. Never in half precision, which overflows."""
+    """One latent -> an RGB image, and whether all of it was finite."""
     vae = pipeline.vae
-    with _at_least_single(vae):
+    with _in_float32(vae):
         scaled = latent_1Chw.to(vae.device, vae.dtype) / vae.config.scaling_factor
         pixels = vae.decode(scaled, return_dict=False)[0].float()
     finite = bool(torch.isfinite(pixels).all())
@@ -181,16 +179,25 @@ def _decode(pipeline: DiffusionPipeline, latent_1Chw: Tensor) -> tuple[Image, bo
 
 
 @contextmanager
-def _at_least_single(module: nn.Module) -> Iterator[None]:
-    # float16 -> float32 -> float16 is exact, so the weights come back bit for bit.
-    half = next(module.parameters()).dtype == torch.float16
-    if half:
-        module.float()
+def _without_text_encoder(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """The pipeline casts embeddings to the text encoder's dtype, and only without one to the denoiser's."""
+    text_encoder = pipeline.text_encoder
+    pipeline.text_encoder = None
     try:
         yield
     finally:
-        if half:
-            module.half()
+        pipeline.text_encoder = text_encoder
+
+
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """A decoder in half precision overflows or bands; half -> float32 -> half gives the same bits back."""
+    dtype = next(module.parameters()).dtype
+    nn.Module.to(module, torch.float32)  # diffusers' own `to` warns of casts
+    try:
+        yield
+    finally:
+        nn.Module.to(module, dtype)
 
 
 @contextmanager
@@ -237,7 +244,8 @@ def _scheduled(pipeline: DiffusionPipeline, sampler: Sampler) -> Iterator[None]:
 
 
 def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    return [part for part in parts if next(part.parameters(), None) is not None]
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -246,12 +254,13 @@ def _device(module: nn.Module) -> torch.device:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # The CPU allocator has no exception type of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _too_little_memory(height_px: int | None, width_px: int | None) -> OutOfMemoryError:
     size = f" of {width_px} x {height_px} px" if height_px and width_px else ""
     return OutOfMemoryError(
         f"There is too little memory to draw a single image{size}.",
-        'Try a smaller image, half precision (dtype "bf16" or "fp16"), or end other programs that use the device.',
+        'Try a smaller image, dtype "bf16" or "fp16", or end other programs that use the device.',
     )

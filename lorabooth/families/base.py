@@ -93,6 +93,14 @@ class Family(Protocol):
         """What "auto" stands for."""
         ...
 
+    def defaults_for(self, base: Source | Parts) -> Defaults:
+        """The defaults with the base's own resolution; reads configs only."""
+        ...
+
+    def defaults_for(self, base: Source | Parts) -> Defaults:
+        """`defaults` fitted to one base, by its configs alone: its own resolution, for example."""
+        ...
+
     @property
     def targets(self) -> Mapping[str, Sequence[str]]:
         """Preset name -> regular expressions, matched whole against denoiser module paths."""
@@ -108,6 +116,18 @@ class Family(Protocol):
 
         Raises:
             BaseModelError: a component is missing, broken or of another kind.
+        """
+        ...
+
+    def load_vae(self, source: Source) -> nn.Module:
+        """The VAE alone, frozen, on the CPU: to look at images after it was released."""
+        ...
+
+    def load_vae(self, source: Source) -> nn.Module:
+        """The VAE alone, as `load` gives it; to look at latents after it was released.
+
+        Raises:
+            BaseModelError: it is missing or broken.
         """
         ...
 
@@ -132,7 +152,11 @@ class Family(Protocol):
         ...
 
     def encode_images(self, parts: Parts, pixels: Tensor) -> list[Moments]:
-        """Pixels [B,3,H,W] float32 in [-1,1] -> B moments on the CPU, float32, scaled and shifted. VAE in float32."""
+        """Pixels [B,3,H,W] float32 in [-1,1] -> B float32 moments on the CPU, scaled and shifted."""
+        ...
+
+    def decode_latents(self, parts: Parts, latents_BChw: Tensor) -> Tensor:
+        """Latents as the denoiser sees them -> pixels [B,3,H,W] float32 in [-1,1] on the CPU. VAE in float32."""
         ...
 
     def image_cond(self, parts: Parts, pixels: Tensor) -> list[Cond]:

@@ -1,4 +1,4 @@
-"""A base model as a diffusers folder on disk: what it holds, what is missing, which family it is. Loads nothing."""
+"""A base model as a diffusers folder on disk: what it holds, what is missing, its family. Loads nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 FAMILY_BY_WIDTH = MappingProxyType({768: "sd1", 1024: "sd2"})
 """Width of the text embeddings that the UNet attends to: CLIP ViT-L/14 in SD1, OpenCLIP ViT-H/14 in SD2."""
 
-_STEM = MappingProxyType({"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"})
+_STEM = MappingProxyType(
+    {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+)
 _CONFIG = MappingProxyType({"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"})
 _KNOWN_PIPELINES = MappingProxyType(
     {
@@ -70,9 +72,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BaseModelError(f"{path}: this file of the base model is missing.", "Download the base again.") from error
+        raise BaseModelError(
+            f"{path}: this file of the base model is missing.", "Download the base again."
+        ) from error
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path}: not readable as JSON ({error}).", "Download the base again.") from error
+        raise BaseModelError(
+            f"{path}: not readable as JSON ({error}).", "Download the base again."
+        ) from error
     if not isinstance(value, dict):
         raise BaseModelError(f"{path}: holds no JSON object.", "Download the base again.")
     return value
@@ -146,7 +152,7 @@ def detect_folder(folder: Path) -> Detected:
     latent_channels = int(component_config(folder, "vae").get("latent_channels", 4))
     if int(unet.get("in_channels", 4)) != latent_channels:
         raise BaseModelError(
-            f"{folder}: the UNet takes {unet.get('in_channels')} channels where latents have {latent_channels}: "
+            f"{folder}: the UNet takes {unet.get('in_channels')} channels, latents have {latent_channels}: "
             "an inpainting, depth or editing model, which is not supported.",
             SUPPORTED_TEXT,
         )
@@ -182,7 +188,9 @@ def _files(directory: Path) -> list[Path]:
 def _no_index(folder: Path) -> BaseModelError:
     """Says what a folder without model_index.json is, and which path was meant."""
     what = f"{folder}: not a base model folder: it has no model_index.json."
-    nested = sorted({p.parent for pattern in ("*", "*/*", "*/*/*") for p in folder.glob(f"{pattern}/model_index.json")})
+    nested = sorted(
+        {p.parent for pattern in ("*", "*/*", "*/*/*") for p in folder.glob(f"{pattern}/model_index.json")}
+    )
     if nested:
         return BaseModelError(what, f"Did you mean {nested[-1]}?")
     if (folder.parent / "model_index.json").is_file():
@@ -196,5 +204,9 @@ def _no_index(folder: Path) -> BaseModelError:
         return pickle_error(pickles[0])
     parts = [part for part in COMPONENTS if (folder / part).is_dir()]
     if parts:
-        return BaseModelError(what, f"It holds {', '.join(parts)}: an incomplete download; download the base again.")
-    return BaseModelError(what, "Give a diffusers folder, a .safetensors checkpoint, a hub id (owner/name), or pocket.")
+        return BaseModelError(
+            what, f"It holds {', '.join(parts)}: an incomplete download; download the base again."
+        )
+    return BaseModelError(
+        what, "Give a diffusers folder, a .safetensors checkpoint, a hub id (owner/name), or pocket."
+    )

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Within the context: no progress bars, no log lines below ERROR, no FutureWarning from model libraries.
 
-    Telemetry of the hub client is switched off for good, unless the user's environment says otherwise (it is read
-    once, when the client is first imported). What the context changes is put back when it is left.
+    Telemetry of the hub client is switched off for good, unless the user's environment says otherwise (it is
+    read once, when the client is first imported). All else is put back when the context is left.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # bitsandbytes reports missing optional kernels at import; optional packages are proven and told by `doctor`.
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "bitsandbytes", "huggingface_hub")]
+    # bitsandbytes reports missing optional kernels at import; what works is `doctor`'s to say.
+    loggers = [
+        logging.getLogger(name) for name in ("diffusers", "transformers", "bitsandbytes", "huggingface_hub")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

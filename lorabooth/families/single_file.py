@@ -1,4 +1,4 @@
-"""A base model as one .safetensors file in the original (LDM) key layout: told apart by its header, then loaded.
+"""A base model as one .safetensors file in the original (LDM) key layout: told apart by its header, loaded.
 
 Loading is diffusers' own `from_single_file`, told to stay on this machine: the published configs of SD1.5 and
 SD2.1 lie in `configs/`, or a folder beside the file, named like the file, holds a model's own configs
@@ -25,23 +25,39 @@ from lorabooth.families.folder import (
     detect_folder,
     detect_unet,
 )
+from lorabooth.families.hub import network_errors
 from lorabooth.families.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from torch import nn
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 UNET = "model.diffusion_model."
-_ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".hada_w", ".lokr_w")
+_ADAPTER_MARKS = (
+    ".lora_A.",
+    ".lora_B.",
+    ".lora_down.",
+    ".lora_up.",
+    ".lora.down.",
+    ".lora.up.",
+    ".hada_w",
+    ".lokr_w",
+)
 _OTHER_KINDS = (
     ("conditioner.embedders.", "a Stable Diffusion XL checkpoint"),
     ("joint_blocks.", "a Stable Diffusion 3 checkpoint"),
     ("double_blocks.", "a FLUX checkpoint"),
     ("control_model.", "a ControlNet"),
 )
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 # All of these hold CLIP's one vocabulary, which SD1 and SD2 share.
 VOCABULARY_REPOS = (
     ("openai/clip-vit-large-patch14", ""),
@@ -68,7 +84,8 @@ def read_shapes(file: Path) -> Shapes:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise BaseModelError(
-            f"{file}: not a whole .safetensors file ({error}).", "Download or copy it again; compare the file sizes."
+            f"{file}: not a whole .safetensors file ({error}).",
+            "Download or copy it again; compare the file sizes.",
         ) from error
 
 
@@ -81,7 +98,9 @@ def detect_file(file: Path) -> Detected:
         BaseModelError: not a base model (an adapter, a VAE ...), or one that is not supported.
     """
     shapes = read_shapes(file)
-    if any(mark in key for key in shapes for mark in _ADAPTER_MARKS) or any(k.startswith("lora_") for k in shapes):
+    if any(mark in key for key in shapes for mark in _ADAPTER_MARKS) or any(
+        k.startswith("lora_") for k in shapes
+    ):
         raise BaseModelError(
             f"{file}: this is a LoRA file (an adapter), not a base model.",
             "Give the checkpoint it was trained on as the base; adapters go to --adapter.",
@@ -94,26 +113,32 @@ def detect_file(file: Path) -> Detected:
         raise _not_a_checkpoint(file, shapes)
     if first[1] != 4:
         raise BaseModelError(
-            f"{file}: its UNet takes {first[1]} channels where latents have 4: an inpainting, depth or editing model, "
-            "which is not supported.",
+            f"{file}: its UNet takes {first[1]} channels where latents have 4: an inpainting, depth or "
+            "editing model, which is not supported.",
             SUPPORTED_TEXT,
         )
     if not any(key.startswith("cond_stage_model.") for key in shapes):
-        raise BaseModelError(f"{file}: holds no text encoder.", "Give the full checkpoint, not a UNet-only file.")
+        raise BaseModelError(
+            f"{file}: holds no text encoder.", "Give the full checkpoint, not a UNet-only file."
+        )
     if not any(key.startswith("first_stage_model.") for key in shapes):
         raise BaseModelError(f"{file}: holds no VAE.", "Give the full checkpoint, not a pruned one.")
-    width = next((s[-1] for k, s in shapes.items() if k.endswith("attn2.to_k.weight") and k.startswith(UNET)), 0)
+    width = next(
+        (s[-1] for k, s in shapes.items() if k.endswith("attn2.to_k.weight") and k.startswith(UNET)), 0
+    )
     beside = beside_folder(file)
     if beside is not None:
         return detect_unet(component_config(beside, "unet"))
     if width not in FAMILY_BY_WIDTH:
         raise BaseModelError(
             f"{file}: an unusual Stable Diffusion (text embeddings of width {width}).",
-            f"Put its diffusers config files into a folder beside it: {file.with_suffix('') / 'model_index.json'} ...",
+            f"Put its diffusers config files beside it: {file.with_suffix('') / 'model_index.json'} ...",
         )
     by_text = "sd2" if any(key.startswith("cond_stage_model.model.") for key in shapes) else "sd1"
     if by_text != FAMILY_BY_WIDTH[width]:
-        raise BaseModelError(f"{file}: its UNet and its text encoder are of different families.", SUPPORTED_TEXT)
+        raise BaseModelError(
+            f"{file}: its UNet and its text encoder are of different families.", SUPPORTED_TEXT
+        )
     return Detected(by_text, certain=True)
 
 
@@ -124,7 +149,7 @@ def beside_folder(file: Path) -> Path | None:
 
 
 def find_vocabulary(file: Path) -> Path | None:
-    """A folder with CLIP's vocab.json and merges.txt: beside the file, else in the local hub cache, else None."""
+    """A folder with CLIP's vocab.json and merges.txt: beside the file or in the local hub cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     for folder in (file.with_suffix("") / "tokenizer", file.parent / "tokenizer"):
@@ -138,7 +163,7 @@ def find_vocabulary(file: Path) -> Path | None:
 
 
 def require_vocabulary(file: Path, *, allow_download: bool) -> Path:
-    """`find_vocabulary`, and if need be and allowed the download of CLIP's 1.5 MB vocabulary to the hub cache.
+    """`find_vocabulary`; if there is none, and it is allowed, CLIP's vocabulary (1.5 MB) is downloaded.
 
     Raises:
         BaseModelError: there is none and none can be had.
@@ -147,68 +172,106 @@ def require_vocabulary(file: Path, *, allow_download: bool) -> Path:
     problem = "offline"
     if folder is None and allow_download:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
 
         repo, prefix = VOCABULARY_REPOS[0]
         try:
             for name in _TOKENIZER_FILES[:2]:
                 folder = Path(hf_hub_download(repo, f"{prefix}{name}", library_name="lorabooth")).parent
-        except (OSError, *HfHubHTTPError.__bases__) as error:
+        except network_errors() as error:
             problem = type(error).__name__
             folder = None
     if folder is None:
         raise BaseModelError(
-            f"{file}: a single-file checkpoint holds no tokenizer, and CLIP's vocabulary was found neither beside it "
-            f"nor in the local hub cache ({problem}).",
+            f"{file}: a single-file checkpoint holds no tokenizer, and CLIP's vocabulary was found neither "
+            f"beside it nor in the local hub cache ({problem}).",
             f"Put vocab.json and merges.txt (from the tokenizer folder of any SD1, SD2 or SDXL model, or of "
             f"{VOCABULARY_REPOS[0][0]}) into {file.parent / 'tokenizer'}",
         )
     return folder
 
 
-def load_pipeline(file: Path, family: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """All components of a checkpoint on the CPU, as one diffusers pipeline without safety checker.
+def load_vae(file: Path, family: str) -> nn.Module:
+    """The VAE of a checkpoint, in float32 on the CPU.
 
-    The scheduler is the family's published one; see `sd.probe_prediction` for how SD2's two kinds are told apart.
+    Raises:
+        BaseModelError: a tensor is missing or of another shape.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+
+    with quiet_libraries(), _configs(file, family) as configs, _unreadable(file, family):
+        vae = AutoencoderKL.from_single_file(
+            str(file), config=str(configs), subfolder="vae", local_files_only=True, torch_dtype=torch.float32
+        )
+    _require_whole(file, "vae", vae)
+    module: nn.Module = vae
+    return module
+
+
+def load_components(
+    file: Path, family: str, dtype: torch.dtype, vae: nn.Module
+) -> tuple[Any, nn.Module, nn.Module]:
+    """Tokenizer, text encoder and UNet of a checkpoint on the CPU.
+
+    Args:
+        file: the checkpoint.
+        family: "sd1" or "sd2".
+        dtype: of the weights.
+        vae: from `load_vae`, so that it is not read again.
 
     Raises:
         BaseModelError: a tensor is missing or of another shape, or there is no tokenizer.
     """
     from diffusers import StableDiffusionPipeline
 
-    with quiet_libraries(), _configs(file, family) as configs:
-        try:
-            pipeline = StableDiffusionPipeline.from_single_file(
-                str(file),
-                config=str(configs),
-                local_files_only=True,
-                torch_dtype=dtype,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-        except (ValueError, RuntimeError, KeyError, OSError, AttributeError) as error:
-            raise BaseModelError(
-                f"{file}: cannot be read as a {family} checkpoint ({str(error).splitlines()[0][:200]}).",
-                f"If its sizes are unusual, put its diffusers configs beside it, into {file.with_suffix('')}",
-            ) from error
-    for name in ("unet", "vae", "text_encoder"):
-        missing = [key for key, value in getattr(pipeline, name).named_parameters() if value.is_meta]
-        if missing:
-            raise BaseModelError(
-                f"{file}: {len(missing)} tensors of the {name} are missing, the first is {missing[0]}.",
-                "Give a full checkpoint of an original Stable Diffusion layout.",
-            )
-    return pipeline
+    with quiet_libraries(), _configs(file, family) as configs, _unreadable(file, family):
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(file),
+            config=str(configs),
+            local_files_only=True,
+            torch_dtype=dtype,
+            vae=vae,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    for name in ("unet", "text_encoder"):
+        _require_whole(file, name, getattr(pipeline, name))
+    return pipeline.tokenizer, pipeline.text_encoder, pipeline.unet
 
 
 def config_of(file: Path, family: str, component: str) -> dict[str, Any]:
-    """The config that a component of a checkpoint is built by: from beside the file, else the published one."""
+    """The config that a checkpoint's component is built by: from beside the file, else the published one."""
     beside = beside_folder(file)
     if beside is not None:
         return component_config(beside, component)
     with resources.as_file(resources.files("lorabooth.families") / "configs" / family) as folder:
         return component_config(folder, component)
+
+
+@contextmanager
+def _unreadable(file: Path, family: str) -> Iterator[None]:
+    """What diffusers raises for a checkpoint that does not fit the configs, as one message."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError, OSError, AttributeError, SingleFileComponentError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise BaseModelError(
+            f"{file}: cannot be read as a {family} checkpoint ({lines[0][:200]}).",
+            f"If its sizes are unusual, put its diffusers configs beside it, into {file.with_suffix('')}",
+        ) from error
+
+
+def _require_whole(file: Path, name: str, module: nn.Module) -> None:
+    """diffusers leaves a tensor that the file lacks without storage, and only the first use would fail."""
+    missing = [key for key, value in module.named_parameters() if value.is_meta]
+    if missing:
+        raise BaseModelError(
+            f"{file}: {len(missing)} tensors of the {name} are missing, the first is {missing[0]}.",
+            "Give a full checkpoint of the original Stable Diffusion layout.",
+        )
 
 
 @contextmanager
@@ -226,7 +289,7 @@ def _configs(file: Path, family: str) -> Iterator[Path]:
                 shutil.copytree(folder, target)
         (target / "tokenizer").mkdir(exist_ok=True)
         for name in _TOKENIZER_FILES:
-            # The published tokenizer_config stays (SD2 pads with "!"); only the vocabulary comes from elsewhere.
+            # The published tokenizer_config stays (SD2 pads with "!"); the vocabulary comes from elsewhere.
             if (vocabulary / name).is_file() and not (target / "tokenizer" / name).is_file():
                 shutil.copyfile(vocabulary / name, target / "tokenizer" / name)
         yield target
@@ -247,7 +310,13 @@ def _not_a_checkpoint(file: Path, shapes: Shapes) -> BaseModelError:
     elif any(key in ("emb_params", "string_to_param") for key in keys) or len(keys) <= 2:
         kind = "an embedding (textual inversion)"
     else:
-        kind = "no Stable Diffusion checkpoint in the original layout" + (f" (first tensor: {keys[0]})" if keys else "")
+        kind = "no Stable Diffusion checkpoint in the original layout" + (
+            f" (first tensor: {keys[0]})" if keys else ""
+        )
     whole = next((p for p in file.parents if (p / "model_index.json").is_file()), None)
-    fix = f"Give the whole folder: {whole}" if whole else "Give a diffusers folder or a full .safetensors checkpoint."
+    fix = (
+        f"Give the whole folder: {whole}"
+        if whole
+        else "Give a diffusers folder or a full .safetensors checkpoint."
+    )
     return BaseModelError(f"{file}: this is {kind}, not a base model.", fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -11,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorabooth.pocket.dataset import batch_indices, pixels_of
-from lorabooth.pocket.trainer import Hyper
+from lorabooth.pocket.trainer import Hyper, Shard
 from lorabooth.rng import generator_for, seed_for
 
 LATENT_CHANNELS = 4
 HYPER = Hyper(lr=2e-3, warmup_steps=100, final_lr_ratio=0.02, weight_decay=0.0, betas=(0.9, 0.99), ema_decay=0.998)
-BATCH = 8
+BATCH = 16
 EDGE_WEIGHT, FEATURE_WEIGHT, KL_WEIGHT = 1.0, 0.5, 1e-6
 
 
@@ -75,7 +76,7 @@ def edge_loss(output_BCHW: Tensor, target_BCHW: Tensor, scales: int = 2) -> Tens
 
 
 def vae_losses(
-    vae: AutoencoderKL, images: NDArray, device: torch.device, seed: int, batch: int = BATCH
+    vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, seed: int, shard: Shard = Shard()
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """The losses of a step: L1, edges, random features and a whisper of KL.
 
@@ -84,17 +85,17 @@ def vae_losses(
         images: uint8 [N,64,64,3].
         device: where it trains.
         seed: of batches, posterior noise and features.
-        batch: examples a step.
+        shard: this process's share of the batch of `BATCH` examples.
     """
     features = RandomFeatures(seed).to(device)
 
     def losses(step: int) -> Mapping[str, Tensor]:
-        picks = batch_indices(seed, step, "vae", len(images), batch)
+        picks = batch_indices(seed, step * shard.world + shard.rank, "vae", len(images), BATCH // shard.world)
         target = pixels_of(images[picks], device)
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(target).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            noise = torch.randn(mean.shape, generator=generator_for(seed, step, 0, "vae noise")).to(device)
+            noise = torch.randn(mean.shape, generator=generator_for(seed, step, shard.rank, "vae noise")).to(device)
             output = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
         with torch.autocast(device.type, torch.bfloat16):
             pairs = zip(features(output), features(target), strict=True)
@@ -110,7 +111,7 @@ def vae_losses(
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: NDArray, device: torch.device, batch: int = 250) -> Tensor:
+def encode_all(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 250) -> Tensor:
     """Posterior means of all pictures, unscaled: float16 [N,4,16,16] on the CPU."""
     parts: list[Tensor] = []
     for start in range(0, len(images), batch):
@@ -121,7 +122,7 @@ def encode_all(vae: AutoencoderKL, images: NDArray, device: torch.device, batch:
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: NDArray, device: torch.device, batch: int = 100) -> Tensor:
+def reconstruct(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 100) -> Tensor:
     """Pictures through the autoencoder: float32 [N,3,64,64] in [-1, 1] on the CPU."""
     parts: list[Tensor] = []
     for start in range(0, len(images), batch):
@@ -130,7 +131,7 @@ def reconstruct(vae: AutoencoderKL, images: NDArray, device: torch.device, batch
     return torch.cat(parts)
 
 
-def psnr_db(output_BCHW: Tensor, images: NDArray) -> float:
+def psnr_db(output_BCHW: Tensor, images: NDArray[np.uint8]) -> float:
     """Mean peak signal-to-noise ratio in dB of pictures in [-1, 1] against uint8 [N,64,64,3]."""
     target = pixels_of(images, torch.device("cpu"))
     mse = ((output_BCHW - target) / 2).square().mean(dim=(1, 2, 3))

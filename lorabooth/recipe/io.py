@@ -29,6 +29,7 @@ CHANGEABLE = frozenset(
         "optim.steps",
         "run.sample_prompts",
         "run.sample_every",
+        "run.sample_count",
         "run.checkpoint_every",
         "run.keep",
         "run.tracker",
@@ -115,21 +116,24 @@ def from_mapping(raw: Mapping[str, Any], overrides: Sequence[str], where: str) -
     return build(values, where)
 
 
-def dump(recipe: Recipe) -> str:
-    """The recipe as TOML with every key, and a comment for each; paths are written as they are.
+def dump(recipe: Recipe, folder: Path | None = None) -> str:
+    """The recipe as TOML with every key, and a comment for each; `loads` reads back an equal recipe.
 
-    `loads` reads back an equal recipe, as long as its paths are absolute.
+    Args:
+        recipe: any recipe, its paths absolute, as every way of loading one leaves them.
+        folder: where the text will lie: paths within it are written relative to it, so that a run folder
+            can be moved. None writes paths as they are.
     """
     document = tomlkit.document()
     for name in type(recipe).model_fields:
         value = getattr(recipe, name)
         if isinstance(value, Section):
             document.add(tomlkit.nl())
-            document.add(name, _table(value))
+            document.add(name, _table(value, (name,), folder))
         elif value:
             tables = tomlkit.aot()
             for entry in value:
-                tables.append(_table(entry))
+                tables.append(_table(entry, (name,), folder))
             document.add(tomlkit.nl())
             document.add(name, tables)
     return tomlkit.dumps(document).lstrip("\n")
@@ -272,15 +276,30 @@ def _set(raw: dict[str, Any], key: Key, value: object) -> str:
 # ---- writing and comparing ----
 
 
-def _table(section: Section) -> Table:
+def _table(section: Section, prefix: Key, folder: Path | None) -> Table:
     table = tomlkit.table()
     if section.__doc__:
         table.comment(section.__doc__.splitlines()[0])
     for name, field in type(section).model_fields.items():
         for line in (field.description or "").splitlines():
             table.add(tomlkit.comment(line.strip()))
-        table.add(name, _item(getattr(section, name)))
+        value = getattr(section, name)
+        if folder is not None and (*prefix, name) in _PATHS:
+            value = _relative(value, folder)
+        table.add(name, _item(value))
     return table
+
+
+_PATHS = frozenset({("model", "base"), ("subjects", "images"), ("prior", "images"), ("run", "out")})
+
+
+def _relative(path: str, folder: Path) -> str:
+    """A path within `folder` as "./path", which no hub id looks like; other paths as they are."""
+    try:
+        inside = Path(path).relative_to(absolute(".", folder))
+    except ValueError:
+        return path
+    return f"./{inside.as_posix()}" if inside.parts else "."
 
 
 def _item(value: object) -> Item:

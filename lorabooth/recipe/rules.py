@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ def value_text(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        text = '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        text = '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
     elif isinstance(value, Mapping):
         text = "a table"
     else:
@@ -125,7 +127,7 @@ def _plain_text(value: str, *, braces: bool) -> str:
     """What is wrong with a one-line text, or ""."""
     if not value:
         return "is empty"
-    if any(ord(char) < 32 or ord(char) == 127 for char in value):
+    if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in value):
         return f"{value_text(value)} has a line break or control character"
     if braces and ("{" in value or "}" in value):
         return f"{value_text(value)} has braces; those are for templates"

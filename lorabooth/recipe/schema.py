@@ -171,6 +171,8 @@ class RunSection(Section):
     """Steps between previews."""
     sample_prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """May hold "{token}" and "{noun}"; empty: the subject's prompt and its class prompt."""
+    sample_count: Annotated[int, Field(ge=0, le=64)] = 4
+    """Images per sample prompt, each with its own seed; 0: no samples at all, not even at the end."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
 

@@ -1,4 +1,4 @@
-"""Puts the rooms together for one run: class images, caches, adapter, optimizer -> a `Session` for the loop.
+"""Puts the rooms together for one run: examples, adapter, optimizer -> a `Session` for the loop.
 
 Everything that differs between runs (family, prior mode, precision, cached or trained text encoder) is decided
 here, so that the loop and the step contain none of it.
@@ -6,97 +6,38 @@ here, so that the loop and the step contain none of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from lorabooth.adapters import inject
 from lorabooth.data.batches import assemble, plan_step
-from lorabooth.data.cache import Store
-from lorabooth.data.encode import LatentIndex, cache_latents, cache_texts
+from lorabooth.data.images import variants
 from lorabooth.errors import RecipeError
-from lorabooth.families.base import Family, Parts
+from lorabooth.families.base import Family
+from lorabooth.memory import apply
+from lorabooth.memory.attention import set_attention
 from lorabooth.objective.loss import weighting
 from lorabooth.progress import Reporter
 from lorabooth.recipe import Recipe
 from lorabooth.training import optim
-from lorabooth.training.loop import Session
-from lorabooth.training.step import StepParts, cached_condition, distill_targets, path_targets
-from lorabooth.training.subjects import Subject
-from lorabooth.types import Batch, Cond, Geometry, Record
+from lorabooth.training.caching import Examples
+from lorabooth.training.loop import Session, to_device
+from lorabooth.training.setting import Setting
+from lorabooth.training.step import (
+    StepParts,
+    cached_condition,
+    class_rows,
+    distill_targets,
+    draw_noise,
+    micro_step,
+    path_targets,
+)
+from lorabooth.types import Batch, Cond, Geometry
 
-
-@dataclass(frozen=True)
-class Examples:
-    """All that is trained on, encoded and in memory.
-
-    Attributes:
-        instance: the subject's photos.
-        classes: class images, or (distill) the photos under the class prompt; empty without a prior.
-        latents: of both.
-        conds: caption -> conditioning, or tokens if the text encoder trains.
-    """
-
-    instance: tuple[Record, ...]
-    classes: tuple[Record, ...]
-    latents: LatentIndex
-    conds: Mapping[str, Cond]
-
-
-def encode_examples(
-    family: Family,
-    parts: Parts,
-    recipe: Recipe,
-    instance: Sequence[Record],
-    classes: Sequence[Record],
-    *,
-    store: Store,
-    reporter: Reporter,
-) -> Examples:
-    """Photos, class images and captions through VAE and text encoder, or from the store.
-
-    Class images are cut as a plain square: flips and random crops are for the few photos of a subject.
-    """
-    encoder_id = f"{parts.source.family}/{parts.source.sha256}"
-    resolution_px = int(recipe.images.resolution)
-
-    def latents(records: Sequence[Record], images: Any) -> LatentIndex:
-        return cache_latents(
-            store,
-            records,
-            encode=lambda pixels: family.encode_images(parts, pixels),
-            encoder_id=f"{encoder_id}/vae/fp32",
-            images=images,
-            resolution_px=resolution_px,
-            multiple_px=family.resolution_multiple_px(parts),
-            seed=recipe.run.seed,
-            reporter=reporter,
-        )
-
-    index = latents(instance, recipe.images)
-    photos = {record.path for record in instance}
-    drawn = [record for record in classes if record.path not in photos]
-    if drawn:
-        index = index.joined(latents(drawn, recipe.images.model_copy(update={"flip": False, "crop": "center"})))
-    prompts = [record.caption for record in (*instance, *classes)]
-    if recipe.adapter.text_encoder:
-        unique = list(dict.fromkeys(prompts))
-        conds: Mapping[str, Cond] = dict(zip(unique, family.tokenize(parts, unique), strict=True))
-    else:
-        conds = cache_texts(
-            store,
-            prompts,
-            encode=lambda some: family.encode_prompts(parts, some),
-            encoder_id=f"{encoder_id}/text/{recipe.model.dtype}",
-            reporter=reporter,
-        ).conds
-    reporter.say(f"latents: {index.computed} encoded, {index.reused} from the cache")
-    return Examples(tuple(instance), tuple(classes), index, conds)
+ADAPTER_NAME = "lorabooth"
 
 
 def targets_of(family: Family, recipe: Recipe) -> list[inject.Target]:
@@ -118,7 +59,9 @@ def targets_of(family: Family, recipe: Recipe) -> list[inject.Target]:
         text_rank = int(recipe.adapter.text_encoder_rank)
         text_alpha = alpha / rank * text_rank
         found.append(
-            inject.Target("text_encoder", tuple(family.text_targets), text_rank, text_alpha, recipe.adapter.dropout)
+            inject.Target(
+                "text_encoder", tuple(family.text_targets), text_rank, text_alpha, recipe.adapter.dropout
+            )
         )
     return found
 
@@ -163,30 +106,42 @@ class Draws:
         ]
 
 
-def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The context of a training forward; float32 needs none."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if dtype is None:
-        return nullcontext
-    return lambda: torch.autocast(device.type, dtype)
+def attach(setting: Setting, device: torch.device, reporter: Reporter) -> inject.Attached:
+    """Place the base on the device, prove its attention kernel, and put a fresh adapter on it."""
+    recipe, parts = setting.recipe, setting.parts
+    setting.base.to(device, *parts.components())
+    attached = inject.attach(
+        parts.components(), targets_of(setting.family, recipe), name=ADAPTER_NAME, seed=recipe.run.seed
+    )
+    dtype = apply.precision(recipe.memory, device).compute
+    choice = set_attention(
+        parts.denoiser, recipe.memory.attention, dtype=dtype, device=device, reporter=reporter
+    )
+    reporter.say(f"attention: {choice.name} ({choice.reason})")
+    if recipe.memory.checkpointing:
+        for component in attached.components:
+            apply.enable_checkpointing(parts.components()[component])
+    for module in parts.components().values():
+        module.train()
+    return attached
 
 
 def compose(
-    family: Family,
-    parts: Parts,
-    recipe: Recipe,
+    setting: Setting,
     examples: Examples,
     attached: inject.Attached,
     *,
     accelerator: Accelerator,
-    variants: int,
     reporter: Reporter,
 ) -> Session:
     """The session that the loop runs."""
+    recipe, family, parts = setting.recipe, setting.family, setting.parts
     device = accelerator.device
     path = family.noise_path(parts).to(device)
 
-    def predict(x: torch.Tensor, level: torch.Tensor, cond: Cond, geometry: Sequence[Geometry]) -> torch.Tensor:
+    def predict(
+        x: torch.Tensor, level: torch.Tensor, cond: Cond, geometry: Sequence[Geometry]
+    ) -> torch.Tensor:
         return family.predict(parts, x, level, cond, geometry)
 
     def encode(tokens: Cond) -> Cond:
@@ -203,35 +158,53 @@ def compose(
         recipe.optim, optim.groups(trained, recipe.optim), device, strict=False, reporter=reporter
     )
     n_step = recipe.optim.batch_size * recipe.optim.accumulate * accelerator.num_processes
-    precision = recipe.memory.precision
+    n_class = n_step if examples.classes else 0
+    step_parts = StepParts(
+        predict=predict,
+        condition=condition,
+        path=path,
+        weighting=weighting(recipe.loss, path.prediction),
+        targets=targets,
+    )
+    batches = Draws(
+        family,
+        recipe,
+        examples,
+        accelerator.process_index,
+        accelerator.num_processes,
+        len(variants(recipe.images)),
+    )
+
+    def attempt() -> torch.Tensor:
+        batch = batches(0)[0][0]
+        eps, level = draw_noise(
+            path, recipe.run.seed, 0, batch.positions, batch.latents.shape[1:], device=device
+        )
+        return micro_step(
+            step_parts,
+            to_device(batch, device),
+            eps,
+            level,
+            class_rows=class_rows(batch),
+            n_instance=n_step,
+            n_class=n_class,
+        ).total
+
+    wanted = apply.precision(recipe.memory, device)
+    precision = apply.probe(attempt, parameters, parts.denoiser, wanted, device, reporter)
     return Session(
         accelerator=accelerator,
-        step_parts=StepParts(
-            predict=predict,
-            condition=condition,
-            path=path,
-            weighting=weighting(recipe.loss, path.prediction),
-            targets=targets,
-        ),
-        batches=Draws(family, recipe, examples, accelerator.process_index, accelerator.num_processes, variants),
+        step_parts=step_parts,
+        batches=batches,
         optimizer=optimizer,
         parameters=parameters,
-        up_weights=attached.up_weights(),
-        autocast=autocast_of(device, precision),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        up_weights=[layer.lora_B[attached.name].weight for layer in attached.modules.values()],
+        autocast=lambda: precision.autocast(device),
+        scaler=precision.scaler(device),
         section=recipe.optim,
         seed=recipe.run.seed,
         n_instance=n_step,
-        n_class=n_step if examples.classes else 0,
-        diagnosis=f"{precision} on {device.type}, base {parts.source.base_id} in {recipe.memory.base_precision}",
+        n_class=n_class,
+        diagnosis=f"{apply.NAMES[precision.compute]} on {device.type}, base {parts.source.base_id} in "
+        f"{apply.NAMES[precision.base]}",
     )
-
-
-def trigger_words(subjects: Sequence[Subject]) -> str:
-    """What to write in a prompt to get the subjects."""
-    return ", ".join(subject.name for subject in subjects)
-
-
-def class_image_root(store: Store) -> Path:
-    """Where generated class images are kept: beside the latents, shared by all runs."""
-    return store.root / "class-images"

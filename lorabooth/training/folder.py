@@ -12,7 +12,7 @@ from typing import Any
 from lorabooth.errors import RecipeError
 from lorabooth.prompts import slug
 from lorabooth.recipe import Recipe
-from lorabooth.recipe_io import differences, dump, load
+from lorabooth.recipe.io import differences, dump, load
 from lorabooth.training import durable
 
 
@@ -122,7 +122,9 @@ def check_writable(out: Path) -> None:
 
 def write_recipe(folder: RunFolder, recipe: Recipe) -> None:
     """Write the effective recipe; paths within the run folder are written relative to it."""
-    own = recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": str(folder.root.absolute())})})
+    own = recipe.model_copy(
+        update={"run": recipe.run.model_copy(update={"out": str(folder.root.absolute())})}
+    )
     durable.replace(folder.recipe, dump(own, folder.root.absolute()).encode())
 
 

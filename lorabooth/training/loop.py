@@ -162,7 +162,12 @@ def _one_step(session: Session, step: int) -> tuple[dict[str, Any], bool]:
             rows = class_rows(batch)
             moved = to_device(batch, device)
             eps, level = draw_noise(
-                session.step_parts.path, session.seed, step, batch.positions, batch.latents.shape[1:], device=device
+                session.step_parts.path,
+                session.seed,
+                step,
+                batch.positions,
+                batch.latents.shape[1:],
+                device=device,
             )
             with session.autocast():
                 terms = micro_step(
@@ -227,7 +232,11 @@ def _tell(
     )
     seconds = float(line["step_s"])
     if len(log.seconds) >= 20 and seconds > SPILL_RATIO * statistics.median(log.seconds):
-        log.once("slow", f"step {done} took {seconds:.1f} s, over five times the median: is memory spilling?", reporter)
+        log.once(
+            "slow",
+            f"step {done} took {seconds:.1f} s, over five times the median: is memory spilling?",
+            reporter,
+        )
     log.seconds.append(seconds)
     if done == DEAD_AFTER_STEPS and not any(bool(weight.detach().any()) for weight in session.up_weights):
         log.once(

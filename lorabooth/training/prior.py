@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from lorabooth.errors import BaseModelError, RecipeError
 from lorabooth.progress import Reporter, Silent
 from lorabooth.prompts import slug
 from lorabooth.rng import seed_for
+from lorabooth.training import durable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -253,14 +253,7 @@ def _save_png(path: Path, image: Image, prompt: str, seed: int) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        durable.replace(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _unwritable(path.parent, error) from error

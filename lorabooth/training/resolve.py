@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorabooth.families.base import Defaults, Source
+from lorabooth.memory.facts import Device
 from lorabooth.prompts import class_prompt
 from lorabooth.recipe import Recipe, SubjectSection
 
@@ -34,25 +35,12 @@ class Resolved:
     choices: tuple[Choice, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFacts:
-    """What the choices depend on besides the base.
-
-    Attributes:
-        kind: "cpu", "cuda", "mps", ...
-        bf16: whether bfloat16 arithmetic is native.
-    """
-
-    kind: str
-    bf16: bool
-
-
 def resolve(
     recipe: Recipe,
     *,
     source: Source,
     defaults: Defaults,
-    device: DeviceFacts,
+    device: Device,
     find_token: Callable[[int], tuple[str, str]],
 ) -> Resolved:
     """Replace every "auto" of a recipe.
@@ -79,7 +67,7 @@ def resolve(
     model = recipe.model.model_copy(
         update={
             "family": pick("model.family", recipe.model.family, source.family, "read from the base's files"),
-            "dtype": pick("model.dtype", recipe.model.dtype, *_load_dtype(device)),
+            "dtype": pick("model.dtype", recipe.model.dtype, *native_precision(device)),
         }
     )
     subjects = _subjects(recipe.subjects, find_token, choices)
@@ -87,7 +75,9 @@ def resolve(
     adapter = recipe.adapter.model_copy(
         update={
             "rank": rank,
-            "alpha": pick("adapter.alpha", recipe.adapter.alpha, float(rank), "alpha = rank: scale 1 in every reader"),
+            "alpha": pick(
+                "adapter.alpha", recipe.adapter.alpha, float(rank), "alpha = rank: scale 1 in every reader"
+            ),
             "text_encoder_rank": pick(
                 "adapter.text_encoder_rank", recipe.adapter.text_encoder_rank, rank, "same as adapter.rank"
             ),
@@ -98,7 +88,10 @@ def resolve(
         update={
             "lr": lr,
             "text_encoder_lr": pick(
-                "optim.text_encoder_lr", recipe.optim.text_encoder_lr, defaults.text_encoder_learning_rate, by_family
+                "optim.text_encoder_lr",
+                recipe.optim.text_encoder_lr,
+                defaults.text_encoder_learning_rate,
+                by_family,
             ),
             "steps": pick("optim.steps", recipe.optim.steps, defaults.steps, by_family),
         }
@@ -111,7 +104,10 @@ def resolve(
             if len({class_prompt(s.template, s.noun) for s in subjects}) > 1
             else pick("prior.prompt", recipe.prior.prompt, prior_prompt, "the template without the token"),
             "sampler_steps": pick(
-                "prior.sampler_steps", recipe.prior.sampler_steps, defaults.sampler_steps, "enough for DPM-Solver++"
+                "prior.sampler_steps",
+                recipe.prior.sampler_steps,
+                defaults.sampler_steps,
+                "enough for DPM-Solver++",
             ),
             "guidance": pick("prior.guidance", recipe.prior.guidance, defaults.guidance, by_family),
         }
@@ -119,16 +115,20 @@ def resolve(
     images = recipe.images.model_copy(
         update={
             "resolution": pick(
-                "images.resolution", recipe.images.resolution, defaults.resolution_px, "what the base was trained at"
+                "images.resolution",
+                recipe.images.resolution,
+                defaults.resolution_px,
+                "what the base was trained at",
             )
         }
     )
+    precision = pick("memory.precision", recipe.memory.precision, *native_precision(device))
     memory = recipe.memory.model_copy(
         update={
-            "precision": pick("memory.precision", recipe.memory.precision, *_compute_precision(device)),
+            "precision": precision,
             "attention": pick("memory.attention", recipe.memory.attention, "sdpa", "torch's own kernels"),
             "base_precision": pick(
-                "memory.base_precision", recipe.memory.base_precision, model.dtype, "same as model.dtype"
+                "memory.base_precision", recipe.memory.base_precision, precision, "same as memory.precision"
             ),
         }
     )
@@ -148,13 +148,8 @@ def resolve(
     )
 
 
-def _load_dtype(device: DeviceFacts) -> tuple[str, str]:
-    if device.kind == "cuda":
-        return ("bf16", "native on this GPU") if device.bf16 else ("fp16", "this GPU has no native bf16")
-    return "fp32", f"exact on {device.kind}"
-
-
-def _compute_precision(device: DeviceFacts) -> tuple[str, str]:
+def native_precision(device: Device) -> tuple[str, str]:
+    """The precision that suits a device, and why."""
     if device.kind == "cuda":
         return ("bf16", "native on this GPU") if device.bf16 else ("fp16", "this GPU has no native bf16")
     return "fp32", f"exact on {device.kind}"

@@ -8,7 +8,6 @@ A checkpoint is written in a hidden folder beside its place, every file is on th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lorabooth.errors import RecipeError, TrainingError
@@ -87,13 +87,12 @@ def save(
         unfinished.mkdir()
         _write_files(unfinished, step, adapter_writer, optimizer, facts)
         _put_in_place(unfinished, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise TrainingError(
-            f"the checkpoint of step {step} cannot be saved in {folder}: {error.strerror or error}.",
-            f"{'Free some space' if full else 'Make the folder writable'}; the same command goes on from the "
-            "last checkpoint, which is whole.",
+            f"the checkpoint of step {step} cannot be saved in {folder}: {error}.",
+            "Free some space there, or make the folder writable; the same command goes on from the last "
+            "checkpoint, which is whole.",
         ) from error
     return Checkpoint(final, step, facts)
 

@@ -69,7 +69,9 @@ def subjects_of(recipe: Recipe) -> tuple[Subject, ...]:
             Subject(
                 name=f"{section.token} {section.noun}",
                 prompt=instance_prompt(section.template, section.token, section.noun),
-                class_prompt=class_prompt(section.template, section.noun) if prior_prompt == "auto" else prior_prompt,
+                class_prompt=class_prompt(section.template, section.noun)
+                if prior_prompt == "auto"
+                else prior_prompt,
                 folder=Path(section.images),
                 captions=section.captions,
                 placeholders={"token": section.token, "noun": section.noun},
@@ -78,13 +80,13 @@ def subjects_of(recipe: Recipe) -> tuple[Subject, ...]:
     return tuple(found)
 
 
-def gather(subjects: Sequence[Subject], *, resolution_px: int, reporter: Reporter) -> Photos:
-    """List and decode all photos.
+def scan_all(subjects: Sequence[Subject]) -> tuple[Scan, ...]:
+    """List every subject's photos with their captions; reads no pixels.
 
     Raises:
-        DataError: a folder or a photo or a caption cannot be used; all bad photos in one message.
+        DataError: a folder is missing or empty, or a caption cannot be used.
     """
-    scans = tuple(
+    return tuple(
         records.scan(
             subject.folder,
             role=Role.INSTANCE,
@@ -95,6 +97,15 @@ def gather(subjects: Sequence[Subject], *, resolution_px: int, reporter: Reporte
         )
         for subject in subjects
     )
+
+
+def gather(subjects: Sequence[Subject], *, resolution_px: int, reporter: Reporter) -> Photos:
+    """List and decode all photos.
+
+    Raises:
+        DataError: a folder or a photo or a caption cannot be used; all bad photos in one message.
+    """
+    scans = scan_all(subjects)
     every = [record for scan in scans for record in scan.records]
     report = images.check(every, resolution_px=resolution_px, reporter=reporter)
     images.require_good(report)
@@ -128,7 +139,9 @@ def own_class_images(folder: Path, subjects: Sequence[Subject]) -> Scan:
     Captions beside the images are not read: prior preservation is about the class prompt.
     """
     first = subjects[0]
-    return records.scan(folder, role=Role.CLASS, subject=first.name, prompt=first.class_prompt, captions=False)
+    return records.scan(
+        folder, role=Role.CLASS, subject=first.name, prompt=first.class_prompt, captions=False
+    )
 
 
 def preview_prompts(recipe: Recipe, subjects: Sequence[Subject]) -> tuple[str, ...]:

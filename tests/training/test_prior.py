@@ -29,9 +29,7 @@ def noise(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
 
 def ensure(root: Path, count: int, generate=noise, prompt="a photo of a dog", **more) -> ClassImages:
     options = {"sampler": SAMPLER, "base_key": "tiny@abc", "batch_size": 3, **more}
-    return ensure_class_images(
-        folder_root=root, prompt=prompt, count=count, generate=generate, **options
-    )
+    return ensure_class_images(folder_root=root, prompt=prompt, count=count, generate=generate, **options)
 
 
 def contents(images: ClassImages) -> list[bytes]:
@@ -228,7 +226,7 @@ def test_unwritable_folder_is_one_message(tmp_path: Path) -> None:
 def test_real_class_images_of_a_tiny_base(tiny_sd: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    from lorabooth.evaluation.sample import generate
+    from lorabooth.evaluation.generate import generate
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, local_files_only=True)
     sampler = SamplerFacts("dpm++", steps=2, guidance=3.0, height_px=32, width_px=32)

@@ -1,0 +1,103 @@
+"""PEFT folders: `adapter_config.json` beside `adapter_model.safetensors`, one folder per component."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabooth.adapters import file, formats, lora_config, names
+from lorabooth.adapters.file import AdapterFile, Metadata
+from lorabooth.errors import AdapterError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 10_000_000
+
+
+def export_peft(
+    folder: Path, tensors: Mapping[str, Tensor], metadata: Metadata, *, text_model_prefix: bool = False
+) -> dict[str, Path]:
+    """Write one PEFT folder per component: `folder/unet`, `folder/text_encoder`, ...
+
+    `peft.PeftModel.from_pretrained(unet, folder / "unet")` opens it.
+
+    Args:
+        folder: made if absent.
+        tensors: canonical.
+        metadata: kept in the weights' header.
+        text_model_prefix: PEFT needs the names of the loaded module tree; True for transformers versions
+            whose CLIP text encoder still has a `text_model` submodule.
+
+    Returns:
+        Component -> its folder.
+
+    Raises:
+        AdapterError: non-finite or incomplete tensors, private metadata.
+        RecipeError: the folder cannot be written.
+    """
+    entries = {"format": "pt", **metadata.to_dict()}
+    ready = file.prepare(tensors)
+    modules = formats.ranks_and_alphas(ready)
+    out: dict[str, Path] = {}
+    for component in sorted({names.split_module(module)[0] for module in modules}):
+        own = {
+            key: value for key, value in ready.items() if names.split_key(key)[0].startswith(f"{component}.")
+        }
+        flat = component.startswith("text_encoder") and not text_model_prefix
+        weights = {
+            key.replace(".model.text_model.", ".model.", 1) if flat else key: value
+            for key, value in formats.export(own, "peft", metadata.family, component).items()
+        }
+        target = out[component] = folder / lora_config.prefix_of(component)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(
+                f"{target} cannot be made: {error.strerror or error}.", "Choose another folder."
+            ) from error
+        config = {**_CONSTANT_CONFIG, "base_model_name_or_path": metadata.base_id or None}
+        config |= lora_config.build(modules, component)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        file.save_safetensors(target / WEIGHTS_NAME, weights, entries)
+        file.write_atomic(target / CONFIG_NAME, text.encode())
+    return out
+
+
+def read_peft(folder: Path, component: str = "denoiser") -> AdapterFile:
+    """Read one PEFT folder as the adapter of a component.
+
+    Raises:
+        AdapterError: not a LoRA folder, broken, or options that a plain LoRA does not have.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / CONFIG_NAME).stat().st_size > MAX_CONFIG_BYTES:
+            raise AdapterError(f"{folder / CONFIG_NAME} is larger than any LoRA configuration.")
+        text = (folder / CONFIG_NAME).read_text("utf-8")
+        config = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"{folder} is not a PEFT folder: {error}.", f"It must hold {CONFIG_NAME} and {WEIGHTS_NAME}."
+        ) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder / CONFIG_NAME} does not describe a LoRA.")
+    return file.read(folder / WEIGHTS_NAME, component=component, config=text)
+
+
+_CONSTANT_CONFIG: Mapping[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "inference_mode": True,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "lora_dropout": 0.0,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "use_rslora": False,
+    "use_dora": False,
+}

@@ -1,0 +1,97 @@
+"""From exceptions to one message and an exit code; tracebacks only when `--debug` asks for them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from lorabooth.errors import Interrupted, LoraboothError, OutOfMemoryError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DEBUG_VARIABLE = "LORABOOTH_DEBUG"
+"""Set to 1 by `--debug`, so that worker processes show tracebacks too."""
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """A command whose errors become a message on stderr and an exit code.
+
+    What is no LoraboothError, no interrupt and not a lack of memory is a defect of ours: it goes on to
+    `report_defect`.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **options: P.kwargs) -> R:
+        try:
+            return function(*args, **options)
+        except LoraboothError as error:
+            if debugging():
+                raise
+            _fail(error)
+        except KeyboardInterrupt:
+            _fail(Interrupted("interrupted"))
+        except BrokenPipeError:
+            # The reader of our output went away (`| head`); the rest of it has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (RuntimeError, MemoryError) as error:
+            if debugging() or not out_of_memory(error):
+                raise
+            _fail(
+                OutOfMemoryError(
+                    f"memory ran out: {_first_line(error)}",
+                    "Try, in this order: --set memory.checkpointing=true, --set optim.batch_size=1, "
+                    "--set optim.name=adamw8bit, a smaller --set images.resolution.",
+                )
+            )
+
+    return guarded
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted."""
+    return os.environ.get(DEBUG_VARIABLE) == "1"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that the device or the machine has too little memory."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # if it was never imported, it did not fail
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # torch has no exception class of its own for the CPU's and Apple's allocators.
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "MPS backend out of memory" in text
+
+
+def report_defect(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+    """`sys.excepthook` of the command line: an unexpected exception in two lines."""
+    text = _first_line(error)
+    print(f"error: {kind.__name__}{': ' if text else ''}{text}", file=sys.stderr)
+    print(
+        "This is a defect of lorabooth, not of your input. Please report it, with the traceback",
+        file=sys.stderr,
+    )
+    print("that the same command gives as `lorabooth --debug ...`.", file=sys.stderr)
+
+
+def usage(message: str) -> typer.BadParameter:
+    """An error in how the command was called: exit code 2, with the command's usage line."""
+    return typer.BadParameter(message)
+
+
+def _fail(error: LoraboothError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]

@@ -1,0 +1,141 @@
+"""Loss curves of a run: read from metrics.jsonl, smoothed, drawn as an SVG that follows the page's colours."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Written by matplotlib where the page's own text colour is to stand.
+_INK = "#010203"
+_MOST_POINTS = 1200
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What was logged, one entry per optimizer step; None where a step has no such number.
+
+    Attributes:
+        steps: increasing.
+        instance: loss of the subject's examples.
+        prior: loss of the class examples.
+        learning_rate: of the first parameter group.
+    """
+
+    steps: tuple[int, ...]
+    instance: tuple[float | None, ...]
+    prior: tuple[float | None, ...]
+    learning_rate: tuple[float | None, ...] = ()
+
+
+def read_curves(metrics: Path) -> Curves | None:
+    """Read metrics.jsonl; None if it is absent or holds no step. A torn line is passed over."""
+    rows: dict[int, dict[str, object]] = {}
+    try:
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows[row["step"]] = row
+    if not rows:
+        return None
+    steps = tuple(sorted(rows))
+
+    def column(*keys: str) -> tuple[float | None, ...]:
+        return tuple(next((v for k in keys if (v := _number(rows[s].get(k))) is not None), None) for s in steps)
+
+    return Curves(steps, column("loss_instance", "loss"), column("loss_prior"), column("lr"))
+
+
+def smooth(values: Sequence[float | None], half_life: float) -> list[float | None]:
+    """Exponential moving average without the pull to zero at the start; None is passed over.
+
+    Args:
+        values: one per step.
+        half_life: steps after which a value counts half, > 0.
+    """
+    keep = 0.5 ** (1 / half_life)
+    total = weight = 0.0
+    out: list[float | None] = []
+    for value in values:
+        if value is not None:
+            total, weight = keep * total + value, keep * weight + 1
+        out.append(total / weight if weight else None)
+    return out
+
+
+def draw_curves(curves: Curves) -> str:
+    """An inline SVG: a panel for the subject's loss and one for the class's, raw and smoothed.
+
+    Text takes the page's colour ("currentColor"); nothing in it comes from the user or from outside.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    panels = [
+        (title, values, colour)
+        for title, values, colour in (
+            ("Subject (instance loss)", curves.instance, "#e4572e"),
+            ("Class (prior loss)", curves.prior, "#2e86ab"),
+        )
+        if any(value is not None for value in values)
+    ]
+    options = {"svg.fonttype": "none", "svg.hashsalt": "lorabooth", "font.family": "sans-serif", "font.size": 10}
+    with rc_context(options):
+        figure = Figure(figsize=(4.6 * max(1, len(panels)), 2.9), layout="constrained")
+        figure.patch.set_alpha(0)
+        for place, (title, values, colour) in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), place + 1)
+            raw = _thinned(curves.steps, values)
+            soft = _thinned(curves.steps, smooth(values, max(2.0, len(values) / 25)))
+            axes.plot(*raw, color=colour, alpha=0.28, linewidth=0.8)
+            axes.plot(*soft, color=colour, linewidth=2)
+            axes.set_title(title, fontsize=11, loc="left", color=_INK)
+            axes.set_xlabel("step", color=_INK)
+            axes.set_ylim(bottom=0, top=_top(raw[1]))
+            axes.set_xlim(curves.steps[0] if len(curves.steps) > 1 else None, curves.steps[-1])
+            axes.patch.set_alpha(0)
+            axes.tick_params(colors=_INK, length=0)
+            axes.grid(color=_INK, alpha=0.12, linewidth=0.8)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns:xlink="[^"]*"', ' xmlns:xlink="http://www.w3.org/1999/xlink"', svg, count=1)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", svg, count=1), count=1)
+
+
+def _thinned(steps: Sequence[int], values: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """Points without gaps; of many, the mean of each bin."""
+    pairs = [(float(s), v) for s, v in zip(steps, values, strict=True) if v is not None]
+    size = max(1, -(-len(pairs) // _MOST_POINTS))
+    bins = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    return (
+        [sum(s for s, _ in points) / len(points) for points in bins],
+        [sum(v for _, v in points) / len(points) for points in bins],
+    )
+
+
+def _top(values: Sequence[float]) -> float | None:
+    """Upper end of the axis: single spikes may leave the picture, so that the curve keeps its shape."""
+    ordered = sorted(values)
+    top = ordered[min(len(ordered) - 1, int(0.995 * len(ordered)))] * 1.1
+    return top if top > 0 else None
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None

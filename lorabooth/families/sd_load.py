@@ -1,0 +1,220 @@
+"""Loading Stable Diffusion 1.x and 2.x from a folder or a single file: frozen, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from lorabooth.errors import BaseModelError
+from lorabooth.families import single_file
+from lorabooth.families.base import Parts, Source
+from lorabooth.families.folder import component_config, component_weights
+from lorabooth.families.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+_TOKENS_LIMIT = 77
+# Above this correlation with the noise it was given, a network predicts the noise (see probe_prediction).
+_EPSILON_CORRELATION = 0.5
+
+
+def load_parts(source: Source, family: str, dtype: torch.dtype) -> Parts:
+    """All components; the VAE in float32 whatever `dtype` is.
+
+    Args:
+        source: a diffusers folder or an LDM single file.
+        family: "sd1" or "sd2".
+        dtype: of the UNet's and the text encoder's weights.
+
+    Raises:
+        BaseModelError: a component is missing, broken or of another kind.
+    """
+    scheduler = config_of(source, family, "scheduler")
+    notes: tuple[str, ...] = ()
+    vae: Any = load_vae(source, family)
+    if source.path.is_file():
+        tokenizer, text_encoder, unet = single_file.load_components(source.path, family, dtype, vae)
+    else:
+        tokenizer, text_encoder, unet = _load_folder(source, dtype)
+    _check_fit(source, tokenizer, text_encoder, unet)
+    _freeze(text_encoder, unet)
+    if source.path.is_file() and family == "sd2" and single_file.beside_folder(source.path) is None:
+        scheduler, notes = _told_by_probe(scheduler, unet, text_encoder, tokenizer)
+    _cast_at_door(vae)
+    limit = min(int(tokenizer.model_max_length), int(text_encoder.config.max_position_embeddings))
+    extras = {
+        "vae_factor": 2 ** (len(vae.config.block_out_channels) - 1),
+        "max_tokens": limit,
+        "use_attention_mask": bool(getattr(text_encoder.config, "use_attention_mask", False)),
+        "notes": notes,
+    }
+    return Parts(
+        source=source,
+        tokenizers=MappingProxyType({"tokenizer": tokenizer}),
+        text_encoders=MappingProxyType({"text_encoder": text_encoder}),
+        vae=vae,
+        denoiser=unet,
+        scheduler_config=MappingProxyType(scheduler),
+        dtype=dtype,
+        extras=MappingProxyType(extras),
+    )
+
+
+def load_vae(source: Source, family: str) -> Any:
+    """The VAE alone, as `load_parts` makes it.
+
+    Raises:
+        BaseModelError: it cannot be loaded.
+    """
+    import torch
+
+    if source.path.is_file():
+        vae = single_file.load_pipeline(source.path, family, torch.float32).vae
+    else:
+        vae = _folder_vae(source)
+    _freeze(vae)
+    _cast_at_door(vae)
+    return vae
+
+
+def load_vae(source: Source, family: str) -> nn.Module:
+    """The VAE alone: float32, frozen, on the CPU; it takes latents of any precision.
+
+    Raises:
+        BaseModelError: it is missing or broken.
+    """
+    import torch
+
+    vae: Any
+    if source.path.is_file():
+        vae = single_file.load_vae(source.path, family)
+    else:
+        with quiet_libraries(), _broken_parts(source):
+            from diffusers import AutoencoderKL
+
+            vae = AutoencoderKL.from_pretrained(
+                source.path / "vae", torch_dtype=torch.float32, **_how(source, "vae")
+            )
+    _freeze(vae)
+    # Half-precision latents of a sampling pipeline enter a float32 VAE: cast at its door, once, here.
+    door = getattr(vae, "post_quant_conv", None) or vae.decoder.conv_in
+    door.register_forward_pre_hook(_to_weight_dtype)
+    module: nn.Module = vae
+    return module
+
+
+def config_of(source: Source, family: str, component: str) -> dict[str, Any]:
+    """The config file of a component ("unet", "vae", "scheduler" ...) of a base."""
+    if source.path.is_file():
+        return single_file.config_of(source.path, family, component)
+    return component_config(source.path, component)
+
+
+def probe_prediction(unet: Any, empty_prompt_1LD: Tensor) -> str:
+    """Tell what a Stable Diffusion UNet predicts when no config says so: "epsilon" or "v_prediction".
+
+    At the last timestep the input is almost pure noise, so a network that predicts the noise returns its
+    input, while v = a eps - s x0 with a = 0.07 hardly depends on it. One forward pass at 16x16 latents, where
+    the correlation of output and input is above 0.5 for epsilon.
+
+    Args:
+        unet: the denoiser, on the CPU.
+        empty_prompt_1LD: [1,L,D] text embedding of the empty prompt.
+    """
+    import torch
+
+    held_in = next(unet.parameters()).dtype
+    # Half precision is slow on a CPU, and SD2's attention overflows float16; widening and back is lossless.
+    with quiet_libraries():
+        unet.to(torch.float32)
+    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = unet(noise, torch.tensor([999]), empty_prompt_1LD.float(), return_dict=False)[0]
+    with quiet_libraries():
+        unet.to(held_in)
+    both = torch.stack((noise.flatten(), output.flatten()))
+    return "epsilon" if float(torch.corrcoef(both)[0, 1]) > _EPSILON_CORRELATION else "v_prediction"
+
+
+def _told_by_probe(
+    scheduler: dict[str, Any], unet: Any, text_encoder: Any, tokenizer: Any
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """SD2 came in both kinds, and a single file holds no scheduler config: 768 px v and 512 px epsilon."""
+    import torch
+
+    ids = tokenizer(
+        [""], padding="max_length", max_length=_TOKENS_LIMIT, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        kind = probe_prediction(unet, text_encoder(ids["input_ids"]).last_hidden_state)
+    if kind == "epsilon":
+        unet.register_to_config(sample_size=64)
+    return {**scheduler, "prediction_type": kind}, (f"prediction type {kind}: found by a probe of the UNet",)
+
+
+def _load_folder(source: Source, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Tokenizer, text encoder and UNet of a diffusers folder."""
+    with quiet_libraries(), _broken_parts(source):
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        tokenizer = CLIPTokenizer.from_pretrained(source.path / "tokenizer", local_files_only=True)
+        text_encoder = CLIPTextModel.from_pretrained(
+            source.path / "text_encoder", dtype=dtype, **_how(source, "text_encoder")
+        )
+        unet = UNet2DConditionModel.from_pretrained(
+            source.path / "unet", torch_dtype=dtype, **_how(source, "unet")
+        )
+    return tokenizer, text_encoder, unet
+
+
+def _how(source: Source, component: str) -> dict[str, Any]:
+    """How every component is loaded: safetensors, from this machine, in the variant that is there."""
+    variant = component_weights(source.path, component).variant or None
+    return {"use_safetensors": True, "local_files_only": True, "variant": variant}
+
+
+@contextmanager
+def _broken_parts(source: Source) -> Iterator[None]:
+    """What the libraries raise for truncated or foreign files, as one message."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise BaseModelError(
+            f"{source.path}: a part of the base cannot be loaded: {lines[0][:300]}",
+            "The files may be truncated or of another model; download the base again.",
+        ) from error
+
+
+def _check_fit(source: Source, tokenizer: Any, text_encoder: Any, unet: Any) -> None:
+    """Components of one model fit each other; say so before the first step does."""
+    width, hidden = unet.config.cross_attention_dim, text_encoder.config.hidden_size
+    if width != hidden:
+        raise BaseModelError(
+            f"{source.path}: the UNet takes embeddings of width {width}, the text encoder makes {hidden}.",
+            "The parts come from different models; download the base again.",
+        )
+    rows = text_encoder.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BaseModelError(
+            f"{source.path}: the tokenizer has {len(tokenizer)} tokens, the text encoder only {rows}.",
+            "The tokenizer belongs to another model.",
+        )
+
+
+def _freeze(*modules: Any) -> None:
+    for module in modules:
+        module.requires_grad_(False)
+        module.eval()
+
+
+def _to_weight_dtype(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: the input in the dtype of the module's weight."""
+    return (args[0].to(module.weight.dtype), *args[1:])

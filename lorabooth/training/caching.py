@@ -1,0 +1,115 @@
+"""What is encoded once before training: latents and text embeddings; then the encoders leave memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorabooth.data.cache import Store
+from lorabooth.data.encode import LatentIndex, cache_latents, cache_texts
+from lorabooth.families.base import Family, Parts
+from lorabooth.progress import Reporter
+from lorabooth.recipe import ImagesSection, Recipe
+from lorabooth.training.setting import Setting
+from lorabooth.training.subjects import preview_prompts
+from lorabooth.types import Cond, Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All that is trained on, encoded and in memory.
+
+    Attributes:
+        instance: the subject's photos.
+        classes: class images, or (distill) the photos under the class prompt; empty without a prior.
+        latents: of both.
+        conds: caption -> conditioning, or tokens if the text encoder trains.
+    """
+
+    instance: tuple[Record, ...]
+    classes: tuple[Record, ...]
+    latents: LatentIndex
+    conds: Mapping[str, Cond]
+
+
+def encode_examples(
+    family: Family,
+    parts: Parts,
+    recipe: Recipe,
+    instance: Sequence[Record],
+    classes: Sequence[Record],
+    *,
+    store: Store,
+    reporter: Reporter,
+) -> Examples:
+    """Photos, class images and captions through VAE and text encoder, or from the store.
+
+    Class images are cut as a plain square: flips and random crops are for the few photos of a subject.
+    """
+    encoder_id = f"{parts.source.family}/{parts.source.sha256}"
+    resolution_px = int(recipe.images.resolution)
+
+    def latents(records: Sequence[Record], images: ImagesSection) -> LatentIndex:
+        return cache_latents(
+            store,
+            records,
+            encode=lambda pixels: family.encode_images(parts, pixels),
+            encoder_id=f"{encoder_id}/vae/fp32",
+            images=images,
+            resolution_px=resolution_px,
+            multiple_px=family.resolution_multiple_px(parts),
+            seed=recipe.run.seed,
+            reporter=reporter,
+        )
+
+    index = latents(instance, recipe.images)
+    photos = {record.path for record in instance}
+    drawn = [record for record in classes if record.path not in photos]
+    if drawn:
+        index = index.joined(
+            latents(drawn, recipe.images.model_copy(update={"flip": False, "crop": "center"}))
+        )
+    prompts = [record.caption for record in (*instance, *classes)]
+    if recipe.adapter.text_encoder:
+        unique = list(dict.fromkeys(prompts))
+        conds: Mapping[str, Cond] = dict(zip(unique, family.tokenize(parts, unique), strict=True))
+    else:
+        conds = cache_texts(
+            store,
+            prompts,
+            encode=lambda some: family.encode_prompts(parts, some),
+            encoder_id=f"{encoder_id}/text/{recipe.model.dtype}",
+            reporter=reporter,
+        ).conds
+    reporter.say(f"latents: {index.computed} encoded, {index.reused} from the cache")
+    return Examples(tuple(instance), tuple(classes), index, conds)
+
+
+def cache_and_release(
+    setting: Setting, classes: Sequence[Record], store: Store, reporter: Reporter
+) -> tuple[Examples, dict[str, Tensor] | None]:
+    """Encode everything; then VAE and (unless it trains) text encoder leave memory, which is proven.
+
+    Returns:
+        The examples, and the previews' text embeddings by prompt, "" included (None while the text encoder
+        stays).
+    """
+    recipe, family = setting.recipe, setting.family
+    setting.base.to(setting.device, "vae", *setting.parts.text_encoders)
+    examples = encode_examples(
+        family, setting.parts, recipe, setting.photos.records, classes, store=store, reporter=reporter
+    )
+    if recipe.adapter.text_encoder:
+        released = setting.base.release("vae")
+        encoded = None
+    else:
+        prompts = ["", *preview_prompts(recipe, setting.subjects)]
+        conds = family.encode_prompts(setting.parts, prompts)
+        encoded = {prompt: cond["encoder_hidden_states"] for prompt, cond in zip(prompts, conds, strict=True)}
+        released = setting.base.release("vae", *setting.parts.text_encoders)
+    reporter.say(f"{', '.join(released.names)} left memory: {released.bytes / 2**20:.1f} MiB")
+    return examples, encoded

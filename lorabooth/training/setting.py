@@ -1,0 +1,173 @@
+"""What a run stands on before anything is written: photos checked, base loaded, "auto" resolved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from lorabooth.families import registry, source, tokens
+from lorabooth.families.base import Family, Parts
+from lorabooth.families.release import Released, assert_released, release
+from lorabooth.memory.apply import DTYPES
+from lorabooth.memory.facts import device_facts
+from lorabooth.progress import Reporter
+from lorabooth.recipe import Recipe, check
+from lorabooth.training import subjects
+from lorabooth.training.plan import PartFacts
+from lorabooth.training.resolve import Choice, native_precision, resolve
+from lorabooth.training.subjects import Photos, Subject
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds per phase, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what happens inside; adds up when entered again."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+@dataclass
+class LoadedBase:
+    """The one place that holds the base's parts during a run: what it lets go of is gone.
+
+    Attributes:
+        parts: those that are in memory.
+    """
+
+    parts: Parts
+
+    def to(self, device: torch.device, *names: str) -> None:
+        """Move components ("vae", "text_encoder", ...) to a device."""
+        for name, module in {"vae": self.parts.vae, **self.parts.components()}.items():
+            if name in names and module is not None:
+                module.to(device)
+
+    def release(self, *names: str) -> Released:
+        """Let components go, and prove that their memory is free.
+
+        Raises:
+            RuntimeError: something else still holds one of them: a defect of the program.
+        """
+        self.parts, released = release(self.parts, *names)
+        assert_released(released)
+        return released
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run's footing.
+
+    Attributes:
+        recipe: without "auto".
+        choices: what "auto" became.
+        subjects: with their prompts.
+        photos: found and checked.
+        family: of the base.
+        base: its parts, frozen, on the CPU at first, in the recipe's dtype.
+        device: where training happens.
+    """
+
+    recipe: Recipe
+    choices: tuple[Choice, ...]
+    subjects: tuple[Subject, ...]
+    photos: Photos
+    family: Family
+    base: LoadedBase
+    device: torch.device
+
+    @property
+    def parts(self) -> Parts:
+        """The base's parts that are in memory now."""
+        return self.base.parts
+
+
+def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
+    """Check the photos, load the base, resolve "auto".
+
+    Raises:
+        RecipeError: the recipe is wrong.
+        DataError: photos cannot be used; found before any model is loaded.
+        BaseModelError: the base cannot be used.
+    """
+    check(recipe)
+    device = PartialState().device
+    with clock.phase("photos"):
+        base = source.resolve(recipe.model.base, revision=recipe.model.revision, family=recipe.model.family)
+        family = registry.family(base.family)
+        defaults = family.defaults_for(base)
+        resolution = recipe.images.resolution
+        side_px = defaults.resolution_px if resolution == "auto" else resolution
+        photos = subjects.gather(subjects.subjects_of(recipe), resolution_px=side_px, reporter=reporter)
+    for path, warning in photos.report.warnings:
+        reporter.warn(f"{path.name}: {warning}")
+    facts = device_facts(str(device))
+    with clock.phase("load base"):
+        base = replace(base, sha256=source.weights_digest(base))
+        dtype = recipe.model.dtype if recipe.model.dtype != "auto" else native_precision(facts)[0]
+        parts = family.load(base, DTYPES[dtype])
+        taken: list[str] = [section.token for section in recipe.subjects if section.token != "auto"]
+
+        def find_token(index: int) -> tuple[str, str]:
+            tokenizer = parts.tokenizers["tokenizer"]
+            found = tokens.find_identifier(tokenizer, avoid=[*taken, recipe.subjects[index].noun])
+            taken.append(found.text)
+            return found.text, found.reason
+
+        resolved = resolve(recipe, source=base, defaults=defaults, device=facts, find_token=find_token)
+    recipe = resolved.recipe
+    named = subjects.subjects_of(recipe)
+    photos = replace(photos, scans=subjects.scan_all(named))
+    _warn_of_long_captions(family, parts, photos, reporter)
+    return Setting(recipe, resolved.choices, named, photos, family, LoadedBase(parts), device)
+
+
+def _warn_of_long_captions(family: Family, parts: Parts, photos: Photos, reporter: Reporter) -> None:
+    """A table of captions that lose tokens at the text encoder's limit."""
+    captions = list(dict.fromkeys(record.caption for record in photos.records))
+    long = [
+        f"  {has} of {limit} tokens: {caption[:60]}"
+        for caption, (has, limit) in zip(captions, family.count_tokens(parts, captions), strict=True)
+        if has > limit
+    ]
+    if long:
+        reporter.warn("\n".join(["these captions lose their ends at the text encoder's limit:", *long]))
+
+
+def part_facts(parts: Parts) -> list[PartFacts]:
+    """The base's components, for printing."""
+    modules: dict[str, Any] = {"denoiser": parts.denoiser, **parts.text_encoders}
+    if parts.vae is not None:
+        modules["vae"] = parts.vae
+    return [
+        PartFacts(
+            name,
+            type(module).__name__,
+            sum(parameter.numel() for parameter in module.parameters()),
+            str(next(module.parameters()).dtype).removeprefix("torch."),
+        )
+        for name, module in modules.items()
+    ]
+
+
+def summary_lines(setting: Setting) -> Sequence[str]:
+    """What the user should see before work begins."""
+    subject_lines = [f'learning "{subject.name}": {subject.prompt}' for subject in setting.subjects]
+    return [
+        f"base: {setting.parts.source.base_id} ({setting.family.name}), on {setting.device}",
+        *subject_lines,
+        setting.photos.summary(),
+    ]
