@@ -30,7 +30,7 @@ DTYPE_BYTES = MappingProxyType(
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b")
 _HOW_TO_CONVERT = (
-    "Such a file can run code when opened. Get its .safetensors version; or, if you trust its source, convert: "
+    "Such a file can run code when opened. Get its .safetensors version; or, if you trust its source: "
     'safetensors.torch.save_file(torch.load("OLD", weights_only=True), "NEW.safetensors").'
 )
 

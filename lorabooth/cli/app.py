@@ -59,4 +59,5 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     if not debugging() and "--debug" not in sys.argv[1:]:
         sys.excepthook = report_defect
-    app(prog_name="lorabooth")
+    # Calling `app` itself would put Typer's own excepthook in the place of ours.
+    typer.main.get_command(app)(prog_name="lorabooth")

@@ -12,7 +12,7 @@ from lorabooth.cli.console import reporter_for
 from lorabooth.cli.errors import command
 from lorabooth.cli.train import run
 
-DEFAULT_OUT = Path("runs/pocket-demo")
+DEFAULT_OUT = Path("runs/demo")
 
 
 @command

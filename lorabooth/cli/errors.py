@@ -11,7 +11,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from lorabooth.errors import Interrupted, LoraboothError, OutOfMemoryError
+from lorabooth.errors import Interrupted, LoraboothError, OutOfMemoryError, RecipeError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,9 +83,9 @@ def report_defect(kind: type[BaseException], error: BaseException, _trace: Trace
     print("that the same command gives as `lorabooth --debug ...`.", file=sys.stderr)
 
 
-def usage(message: str) -> typer.BadParameter:
-    """An error in how the command was called: exit code 2, with the command's usage line."""
-    return typer.BadParameter(message)
+def usage(message: str) -> RecipeError:
+    """An error in how a command was called; exit code 2."""
+    return RecipeError(message, "Add --help to see how the command is used.")
 
 
 def _fail(error: LoraboothError) -> NoReturn:

@@ -70,7 +70,7 @@ def run(recipe: Recipe, *, out: Path | None, dry_run: bool, quiet: bool, fresh: 
 
 def _recipe(file: Path | None, given: dict[str, Any], overrides: list[str]) -> Recipe:
     if file is not None and given:
-        raise usage(f"give a recipe or {', '.join(given)}, not both; with a recipe, use --set (see --help)")
+        raise usage(f"give a recipe or {', '.join(given)}, not both; with a recipe, use --set instead")
     from lorabooth.recipe import from_mapping, load
 
     if file is not None:

@@ -1,4 +1,4 @@
-"""Loss curves of a run: read from metrics.jsonl, smoothed, drawn as an SVG that follows the page's colours."""
+"""Loss curves of a run: read from metrics.jsonl, smoothed, drawn as SVG in the page's own colours."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def read_curves(metrics: Path) -> Curves | None:
     steps = tuple(sorted(rows))
 
     def column(*keys: str) -> tuple[float | None, ...]:
-        return tuple(next((v for k in keys if (v := _number(rows[s].get(k))) is not None), None) for s in steps)
+        return tuple(
+            next((v for k in keys if (v := _number(rows[s].get(k))) is not None), None) for s in steps
+        )
 
     return Curves(steps, column("loss_instance", "loss"), column("loss_prior"), column("lr"))
 
@@ -73,48 +75,52 @@ def smooth(values: Sequence[float | None], half_life: float) -> list[float | Non
     return out
 
 
-def draw_curves(curves: Curves) -> str:
-    """An inline SVG: a panel for the subject's loss and one for the class's, raw and smoothed.
+def draw_curves(curves: Curves) -> tuple[str, ...]:
+    """Inline SVGs: a panel for the subject's loss and one for the class's, raw and smoothed.
 
-    Text takes the page's colour ("currentColor"); nothing in it comes from the user or from outside.
+    Text takes the page's colour ("currentColor"); nothing in them comes from the user or from outside.
     """
+    panels = (
+        ("Subject (instance loss)", curves.instance, "#e4572e"),
+        ("Class (prior loss)", curves.prior, "#2e86ab"),
+    )
+    return tuple(
+        _panel(title, curves.steps, values, colour)
+        for title, values, colour in panels
+        if any(value is not None for value in values)
+    )
+
+
+def _panel(title: str, steps: Sequence[int], values: Sequence[float | None], colour: str) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = [
-        (title, values, colour)
-        for title, values, colour in (
-            ("Subject (instance loss)", curves.instance, "#e4572e"),
-            ("Class (prior loss)", curves.prior, "#2e86ab"),
-        )
-        if any(value is not None for value in values)
-    ]
-    options = {"svg.fonttype": "none", "svg.hashsalt": "lorabooth", "font.family": "sans-serif", "font.size": 10}
+    raw = _thinned(steps, values)
+    soft = _thinned(steps, smooth(values, max(2.0, len(values) / 25)))
+    options = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 10}
     with rc_context(options):
-        figure = Figure(figsize=(4.6 * max(1, len(panels)), 2.9), layout="constrained")
+        figure = Figure(figsize=(4.8, 2.7), layout="constrained")
         figure.patch.set_alpha(0)
-        for place, (title, values, colour) in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), place + 1)
-            raw = _thinned(curves.steps, values)
-            soft = _thinned(curves.steps, smooth(values, max(2.0, len(values) / 25)))
-            axes.plot(*raw, color=colour, alpha=0.28, linewidth=0.8)
-            axes.plot(*soft, color=colour, linewidth=2)
-            axes.set_title(title, fontsize=11, loc="left", color=_INK)
-            axes.set_xlabel("step", color=_INK)
-            axes.set_ylim(bottom=0, top=_top(raw[1]))
-            axes.set_xlim(curves.steps[0] if len(curves.steps) > 1 else None, curves.steps[-1])
-            axes.patch.set_alpha(0)
-            axes.tick_params(colors=_INK, length=0)
-            axes.grid(color=_INK, alpha=0.12, linewidth=0.8)
-            for spine in axes.spines.values():
-                spine.set_visible(False)
+        axes = figure.add_subplot()
+        axes.plot(*raw, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(*soft, color=colour, linewidth=2)
+        axes.set_title(title, fontsize=11, loc="left", color=_INK)
+        axes.set_xlabel("step", color=_INK)
+        axes.set_ylim(bottom=0, top=_top(raw[1]))
+        if len(steps) > 1:
+            axes.set_xlim(steps[0], steps[-1])
+        axes.patch.set_alpha(0)
+        axes.tick_params(colors=_INK, length=0)
+        axes.grid(color=_INK, alpha=0.12, linewidth=0.8)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns:xlink="[^"]*"', ' xmlns:xlink="http://www.w3.org/1999/xlink"', svg, count=1)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", svg, count=1), count=1)
+    # Only the drawing: its own style sheet would apply to the whole page, its size is the page's to choose.
+    svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
+    return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float | None]) -> tuple[list[float], list[float]]:

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +14,7 @@ from lorabooth.adapters.file import write_atomic
 from lorabooth.errors import RecipeError
 from lorabooth.progress import Reporter, Silent
 from lorabooth.prompts import slug
+from lorabooth.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -260,7 +260,7 @@ def _grid(shots: Sequence[Shot], images: Sequence[Image], how: _How, adapters: S
         row_labels=[f"{p} · seed {s}" for p in prompts for s in seeds] if strengths else prompts,
         column_labels=[f"strength {s:g}" for s in strengths] or [f"seed {seed}" for seed in seeds],
         title=", ".join(adapters) or how.base,
-        subtitle=f"{how.base} · {how.steps} steps · guidance {how.guidance:g} · lorabooth {_version()}",
+        subtitle=f"{how.base} · {how.steps} steps · guidance {how.guidance:g} · {_software()}",
     )
 
 
@@ -335,11 +335,4 @@ def _device_and_dtype(device: str, dtype: Dtype) -> tuple[torch.device, torch.dt
 
 
 def _software() -> str:
-    return f"lorabooth {_version()}"
-
-
-def _version() -> str:
-    try:
-        return version("lorabooth")
-    except PackageNotFoundError:
-        return "(not installed)"
+    return f"lorabooth {__version__}"

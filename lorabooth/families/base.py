@@ -97,10 +97,6 @@ class Family(Protocol):
         """The defaults with the base's own resolution; reads configs only."""
         ...
 
-    def defaults_for(self, base: Source | Parts) -> Defaults:
-        """`defaults` fitted to one base, by its configs alone: its own resolution, for example."""
-        ...
-
     @property
     def targets(self) -> Mapping[str, Sequence[str]]:
         """Preset name -> regular expressions, matched whole against denoiser module paths."""
@@ -121,14 +117,6 @@ class Family(Protocol):
 
     def load_vae(self, source: Source) -> nn.Module:
         """The VAE alone, frozen, on the CPU: to look at images after it was released."""
-        ...
-
-    def load_vae(self, source: Source) -> nn.Module:
-        """The VAE alone, as `load` gives it; to look at latents after it was released.
-
-        Raises:
-            BaseModelError: it is missing or broken.
-        """
         ...
 
     def noise_path(self, parts: Parts) -> NoisePath:
@@ -156,7 +144,7 @@ class Family(Protocol):
         ...
 
     def decode_latents(self, parts: Parts, latents_BChw: Tensor) -> Tensor:
-        """Latents as the denoiser sees them -> pixels [B,3,H,W] float32 in [-1,1] on the CPU. VAE in float32."""
+        """Latents as the denoiser sees them -> pixels [B,3,H,W] float32 in [-1,1] on the CPU."""
         ...
 
     def image_cond(self, parts: Parts, pixels: Tensor) -> list[Cond]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lorabooth.errors import BaseModelError
 from lorabooth.families.base import Defaults, Parts, Source
 from lorabooth.families.quiet import quiet_libraries
-from lorabooth.families.sd_load import config_of, load_parts, load_vae, load_vae
+from lorabooth.families.sd_load import config_of, load_parts, load_vae
 from lorabooth.types import Cond, Geometry, Moments
 
 if TYPE_CHECKING:
@@ -88,10 +88,6 @@ class StableDiffusion:
 
     def load_vae(self, source: Source) -> nn.Module:
         """The VAE alone, frozen, float32, on the CPU: to look at images after it was released."""
-        return load_vae(source, self.name)
-
-    def load_vae(self, source: Source) -> nn.Module:
-        """The VAE alone: float32, frozen, on the CPU."""
         return load_vae(source, self.name)
 
     def noise_path(self, parts: Parts) -> NoisePath:
@@ -198,13 +194,15 @@ class StableDiffusion:
 
         Released components are None in it: then pass `prompt_embeds`, or `output_type="latent"`.
         """
-        import diffusers
-
         name = str(parts.scheduler_config.get("_class_name", "PNDMScheduler"))
-        scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-        if scheduler_class is None:
-            raise BaseModelError(f"{parts.source.base_id}: its scheduler {name!r} is not known to diffusers.")
         with quiet_libraries():
+            import diffusers
+
+            scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+            if scheduler_class is None:
+                raise BaseModelError(
+                    f"{parts.source.base_id}: its scheduler {name!r} is not known to diffusers."
+                )
             pipeline = diffusers.StableDiffusionPipeline(
                 vae=parts.vae,
                 text_encoder=parts.text_encoders.get("text_encoder"),

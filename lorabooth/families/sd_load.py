@@ -44,7 +44,6 @@ def load_parts(source: Source, family: str, dtype: torch.dtype) -> Parts:
     _freeze(text_encoder, unet)
     if source.path.is_file() and family == "sd2" and single_file.beside_folder(source.path) is None:
         scheduler, notes = _told_by_probe(scheduler, unet, text_encoder, tokenizer)
-    _cast_at_door(vae)
     limit = min(int(tokenizer.model_max_length), int(text_encoder.config.max_position_embeddings))
     extras = {
         "vae_factor": 2 ** (len(vae.config.block_out_channels) - 1),
@@ -62,23 +61,6 @@ def load_parts(source: Source, family: str, dtype: torch.dtype) -> Parts:
         dtype=dtype,
         extras=MappingProxyType(extras),
     )
-
-
-def load_vae(source: Source, family: str) -> Any:
-    """The VAE alone, as `load_parts` makes it.
-
-    Raises:
-        BaseModelError: it cannot be loaded.
-    """
-    import torch
-
-    if source.path.is_file():
-        vae = single_file.load_pipeline(source.path, family, torch.float32).vae
-    else:
-        vae = _folder_vae(source)
-    _freeze(vae)
-    _cast_at_door(vae)
-    return vae
 
 
 def load_vae(source: Source, family: str) -> nn.Module:

@@ -22,7 +22,6 @@ from lorabooth.families.folder import (
     SUPPORTED_TEXT,
     Detected,
     component_config,
-    detect_folder,
     detect_unet,
 )
 from lorabooth.families.hub import network_errors
@@ -197,9 +196,10 @@ def load_vae(file: Path, family: str) -> nn.Module:
         BaseModelError: a tensor is missing or of another shape.
     """
     import torch
-    from diffusers import AutoencoderKL
 
     with quiet_libraries(), _configs(file, family) as configs, _unreadable(file, family):
+        from diffusers import AutoencoderKL
+
         vae = AutoencoderKL.from_single_file(
             str(file), config=str(configs), subfolder="vae", local_files_only=True, torch_dtype=torch.float32
         )
@@ -222,9 +222,9 @@ def load_components(
     Raises:
         BaseModelError: a tensor is missing or of another shape, or there is no tokenizer.
     """
-    from diffusers import StableDiffusionPipeline
-
     with quiet_libraries(), _configs(file, family) as configs, _unreadable(file, family):
+        from diffusers import StableDiffusionPipeline
+
         pipeline = StableDiffusionPipeline.from_single_file(
             str(file),
             config=str(configs),
@@ -265,7 +265,7 @@ def _unreadable(file: Path, family: str) -> Iterator[None]:
 
 
 def _require_whole(file: Path, name: str, module: nn.Module) -> None:
-    """diffusers leaves a tensor that the file lacks without storage, and only the first use would fail."""
+    """Diffusers leaves a tensor that the file lacks without storage, and only its first use would fail."""
     missing = [key for key, value in module.named_parameters() if value.is_meta]
     if missing:
         raise BaseModelError(
@@ -282,7 +282,8 @@ def _configs(file: Path, family: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lorabooth-") as name:
         target = Path(name) / "configs"
         if beside is not None:
-            detect_folder(beside)
+            for component in ("unet", "vae", "text_encoder", "scheduler"):
+                component_config(beside, component)
             shutil.copytree(beside, target, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.ckpt"))
         else:
             with resources.as_file(resources.files("lorabooth.families") / "configs" / family) as folder:

@@ -88,7 +88,7 @@ def cast_base(denoiser: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, buffer.to(dtype))
 
 
-def enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass instead of keeping them (non-reentrant).
 
     The reentrant kind gives no gradient at all when a block's inputs need none, as with a frozen base.

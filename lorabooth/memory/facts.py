@@ -117,9 +117,9 @@ def mismatches() -> list[str]:
                 "https://pytorch.org/get-started/locally/"
             ]
         return [
-            f"There is an NVIDIA driver here, and torch is built for CUDA {torch.version.cuda}, but it sees no "
-            "GPU: the driver may be older than that, or the GPU is hidden. Update the driver, or install a torch "
-            "built for an older CUDA."
+            f"There is an NVIDIA driver here, and torch is built for CUDA {torch.version.cuda}, but sees no "
+            "GPU: the driver may be older than that, or the GPU is hidden. Update the driver, or install a "
+            "torch built for an older CUDA."
         ]
     built_for = torch.cuda.get_arch_list()
     problems = []
@@ -132,7 +132,7 @@ def mismatches() -> list[str]:
         )
         if built_for and not runs and not torch.version.hip:
             problems.append(
-                f"{torch.cuda.get_device_name(index)} is of compute capability {major}.{minor}; this torch is "
+                f"{torch.cuda.get_device_name(index)} is of capability {major}.{minor}; this torch is "
                 f"built for {', '.join(built_for)}. Install a torch built for it."
             )
     return problems

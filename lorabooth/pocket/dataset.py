@@ -33,9 +33,19 @@ class Rendered:
     scenes: tuple[scenes.Scene, ...]
 
 
+def is_held_out(scene: scenes.Scene) -> bool:
+    """Whether training never sees this combination of class, place, colour and pattern: one in eight."""
+    s = scene.specimen
+    return seed_for(0, 0, 0, f"held out/{s.class_name}/{scene.place}/{s.colour}/{s.pattern}") % 8 == 0
+
+
 def scene_at(seed: int, purpose: str, index: int) -> scenes.Scene:
-    """Scene `index` of the stream (seed, purpose)."""
-    return scenes.sample_scene(np.random.default_rng(seed_for(seed, 0, 0, f"scene/{purpose}", index)))
+    """Scene `index` of the stream (seed, purpose); "train" skips what is held out, "held-out" is only that."""
+    rng = np.random.default_rng(seed_for(seed, 0, 0, f"scene/{purpose}", index))
+    while True:
+        scene = scenes.sample_scene(rng)
+        if purpose not in ("train", "held-out") or is_held_out(scene) == (purpose == "held-out"):
+            return scene
 
 
 def _render_chunk(job: tuple[int, str, int, int]) -> NDArray[np.uint8]:
@@ -57,7 +67,7 @@ def rendered(seed: int, purpose: str, count: int, file: Path | None = None, proc
 
     Args:
         seed: the build's seed.
-        purpose: names the stream; "train" and "held-out" share no scene.
+        purpose: names the stream; "train" and "held-out" share no combination of attributes.
         count: pictures.
         file: where the pixels are kept (.npy); None keeps nothing.
         processes: worker processes for rendering.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Ledger:
             {
                 "status": status,
                 "versions": versions(),
-                "device": asdict(device_facts(str(setting.device))),
+                "device": device_facts(setting.device),
                 "base": {
                     "id": setting.parts.source.base_id,
                     "family": setting.parts.source.family,

@@ -98,7 +98,7 @@ def claim(out: Path, recipe: Recipe) -> RunFolder:
             )
     elif out.exists() and not out.is_dir():
         raise RecipeError(f"run.out: {out} is a file", "Give a folder.")
-    elif out.is_dir() and any(entry for entry in out.iterdir() if entry.name != ".lock"):
+    elif out.is_dir() and any(not entry.name.startswith(".lock") for entry in out.iterdir()):
         raise RecipeError(f"run.out: {out} is not empty and holds no run", "Give another --out, or empty it.")
     check_writable(out)
     return folder

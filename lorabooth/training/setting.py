@@ -15,7 +15,7 @@ from lorabooth.families import registry, source, tokens
 from lorabooth.families.base import Family, Parts
 from lorabooth.families.release import Released, assert_released, release
 from lorabooth.memory.apply import DTYPES
-from lorabooth.memory.facts import device_facts
+from lorabooth.memory.facts import describe_device
 from lorabooth.progress import Reporter
 from lorabooth.recipe import Recipe, check
 from lorabooth.training import subjects
@@ -114,7 +114,7 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
         photos = subjects.gather(subjects.subjects_of(recipe), resolution_px=side_px, reporter=reporter)
     for path, warning in photos.report.warnings:
         reporter.warn(f"{path.name}: {warning}")
-    facts = device_facts(str(device))
+    facts = describe_device(device)
     with clock.phase("load base"):
         base = replace(base, sha256=source.weights_digest(base))
         dtype = recipe.model.dtype if recipe.model.dtype != "auto" else native_precision(facts)[0]

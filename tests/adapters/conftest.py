@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,24 +23,31 @@ TEXT = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[
 EVERYTHING = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, EMBEDDING)
 
 
+@cache
+def _pipeline(folder: Path):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+        module.requires_grad_(False).eval()
+    return pipe
+
+
 @dataclass(frozen=True)
 class Base:
-    """A freshly loaded tiny pipeline."""
+    """A tiny pipeline folder; every call gives fresh modules."""
 
     folder: Path
 
     def load(self) -> dict[str, nn.Module]:
-        pipe = self.pipeline()
-        return {"denoiser": pipe.unet, "text_encoder": pipe.text_encoder}
+        pipe = _pipeline(self.folder)
+        return {"denoiser": copy.deepcopy(pipe.unet), "text_encoder": copy.deepcopy(pipe.text_encoder)}
 
     def pipeline(self):
-        from diffusers import StableDiffusionPipeline
-
-        pipe = StableDiffusionPipeline.from_pretrained(self.folder)
-        pipe.set_progress_bar_config(disable=True)
-        for module in (pipe.unet, pipe.text_encoder, pipe.vae):
-            module.requires_grad_(False).eval()
-        return pipe
+        fresh = self.load()
+        shared = _pipeline(self.folder).components
+        new = {"unet": fresh["denoiser"], "text_encoder": fresh["text_encoder"]}
+        return type(_pipeline(self.folder))(**shared | new, requires_safety_checker=False)
 
 
 @pytest.fixture(params=["sd1", "sd2"])

@@ -62,7 +62,7 @@ def test_round_trip(tmp_path, layout):
     assert got.notes == ()
     assert got.tensors.keys() == adapter().keys()
     assert all(torch.equal(got.tensors[k], v) for k, v in adapter().items())
-    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_same_input_same_bytes(tmp_path, saved):

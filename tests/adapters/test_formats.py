@@ -85,7 +85,7 @@ def adapters(draw: st.DrawFn, family: str, components: tuple[str, ...]) -> dict[
         dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
         out[f"{module}.lora_A"] = torch.randn(rank, 3, *kernel, generator=generator).to(dtype)
         out[f"{module}.lora_B"] = torch.randn(5, rank, *ones, generator=generator).to(dtype)
-        alpha = draw(st.one_of(st.integers(1, 64).map(float), st.floats(0.01, 100, width=32)))
+        alpha = draw(st.one_of(st.integers(1, 64).map(float), st.floats(0.0078125, 100, width=32)))
         out[f"{module}.alpha"] = torch.tensor(alpha)
     return out
 

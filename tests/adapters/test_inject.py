@@ -185,7 +185,10 @@ def test_several_adapters_add_up(sd1, trained):
     inject.detach(components, "two")
     assert inject.attached_names(components) == ("one",)
     assert all(torch.equal(a, b) for a, b in zip(outputs(components), alone, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(inject.tensors(components, "one").values(), one.values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(inject.tensors(components, "one").values(), one.values(), strict=True)
+    )
 
 
 def test_second_adapter_leaves_the_first_trainable(sd1, trained):
@@ -325,11 +328,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(sd1, tiny_sd2, trained
         inject.attach_tensors(components, stranger)
     from tests.adapters.conftest import Base
 
-    with pytest.raises(AdapterError, match="another shape.*proj_in"):
+    with pytest.raises(AdapterError, match=r"another shape.*proj_in"):
         inject.attach_tensors(Base(tiny_sd2).load(), {k: v for k, v in tensors.items() if ".proj_in" in k})
     with pytest.raises(AdapterError, match="no alpha"):
         inject.attach_tensors(components, {k: v for k, v in tensors.items() if not k.endswith("alpha")})
-    with pytest.raises(AdapterError, match="nothing_like_this.*\n.*conv_in"):
+    with pytest.raises(AdapterError, match=r"nothing_like_this.*\n.*conv_in"):
         inject.attach(components, [Target("denoiser", ("nothing_like_this",), 4, 4.0)], seed=0)
     with pytest.raises(AdapterError, match="text_encoder_2"):
         inject.attach(components, [Target("text_encoder_2", (TEXT,), 4, 4.0)], seed=0)

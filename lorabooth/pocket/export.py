@@ -1,0 +1,79 @@
+"""Trained parts -> a StableDiffusionPipeline, in memory or as a folder in half precision."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPImageProcessor, CLIPModel
+
+from lorabooth.pocket.clip import save_clip_rest, text_half
+from lorabooth.pocket.tokenizer import save_tokenizer
+from lorabooth.pocket.unet import make_scheduler
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+
+def assemble(
+    tokenizer: CLIPTokenizer, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """A pipeline of the given parts, without a safety checker; the text encoder is copied out of `clip`."""
+    scheduler: SchedulerMixin = make_scheduler()
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_half(clip),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def write_folder(pipeline: StableDiffusionPipeline, clip: CLIPModel, folder: Path) -> None:
+    """Write the pipeline and, under clip/, the rest of CLIP, in half precision; every file is replaced whole.
+
+    The parts in memory keep their precision. Files in the folder that are not part of the pipeline stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
+        staging = Path(name)
+        _half_copy(pipeline).save_pretrained(staging, safe_serialization=True)
+        save_tokenizer(pipeline.tokenizer, staging / "tokenizer")
+        save_clip_rest(clip, staging / "clip")
+        size = {"height": 64, "width": 64}
+        CLIPImageProcessor(
+            size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ).save_pretrained(staging / "clip")
+        for file in sorted(staging.rglob("*")):
+            if file.is_file():
+                target = folder / file.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+
+
+def _half_copy(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    vae = AutoencoderKL.from_config(pipeline.vae.config)
+    unet = UNet2DConditionModel.from_config(pipeline.unet.config)
+    text_encoder = type(pipeline.text_encoder)(pipeline.text_encoder.config)
+    for copy, part in ((vae, pipeline.vae), (unet, pipeline.unet), (text_encoder, pipeline.text_encoder)):
+        copy.load_state_dict(part.state_dict())
+        copy.half()
+    text_encoder.config.dtype = torch.float32  # else transformers loads half precision where diffusers loads float32
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=pipeline.tokenizer,
+        unet=unet,
+        scheduler=pipeline.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
