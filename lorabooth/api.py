@@ -11,7 +11,7 @@ from lorabooth.evaluation.grids import draw_grid
 from lorabooth.evaluation.sample import file_name
 from lorabooth.progress import Reporter, Silent
 from lorabooth.recipe import Recipe
-from lorabooth.report import write_run_report
+from lorabooth.run_report import write_run_report
 from lorabooth.training.plan import Plan
 from lorabooth.training.run import plan_run, run
 from lorabooth.training.studio import Studio
@@ -97,7 +97,7 @@ def train(
     outcome = run(recipe, out=out, studio=studio, reporter=say, fresh=fresh)
     folder = outcome.folder
     if not outcome.finished_before or not folder.report.is_file():
-        write_run_report(outcome)
+        write_run_report(folder, outcome.recipe, outcome.steps)
     return RunResult(
         out=folder.root,
         adapter=folder.adapter,

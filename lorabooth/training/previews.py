@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lorabooth.errors import LoraboothError
@@ -89,7 +90,8 @@ class Previews:
     ) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         for index, ((prompt, seed), image) in enumerate(zip(pairs, images, strict=True)):
-            durable.replace(place / self.studio.file_name(prompt, seed, index), png(image))
+            facts = {"prompt": prompt, "seed": str(seed)}
+            durable.replace(place / self.studio.file_name(prompt, seed, index), png(image, facts))
         columns = len(self.seeds)
         rows = [images[first : first + columns] for first in range(0, len(images), columns)]
         grid = self.studio.draw_grid(
@@ -102,8 +104,13 @@ class Previews:
         return place / "grid.png"
 
 
-def png(image: Image) -> bytes:
-    """An image as PNG bytes."""
+def png(image: Image, facts: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """An image as PNG bytes, with facts as text chunks."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()

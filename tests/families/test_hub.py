@@ -94,7 +94,12 @@ def test_a_download_fetches_only_what_is_needed_at_one_commit(
     """The revision is resolved to a commit first, and every file is asked for at that commit."""
     asked: list[tuple[str, str]] = []
     names = [str(p.relative_to(tiny_sd)) for p in tiny_sd.rglob("*") if p.is_file()]
-    extra = ["unet/diffusion_pytorch_model.bin", "v1-5-pruned.ckpt", "README.md", "safety_checker/model.safetensors"]
+    extra = [
+        "unet/diffusion_pytorch_model.bin",
+        "v1-5-pruned.ckpt",
+        "README.md",
+        "safety_checker/model.safetensors",
+    ]
     siblings = [SimpleNamespace(rfilename=name, size=10) for name in (*names, *extra)]
 
     def info(self: Any, repo: str, *, revision: str | None, files_metadata: bool) -> Any:
@@ -120,7 +125,12 @@ def test_needed_files_prefers_full_precision_and_never_takes_pickles() -> None:
     base = ["model_index.json", "unet/config.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"]
     both = [f"unet/diffusion_pytorch_model{v}.safetensors" for v in ("", ".fp16", ".non_ema")]
     both += ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors"]
-    pickles = ["unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin", "x.ckpt", "text_encoder/pytorch_model.bin"]
+    pickles = [
+        "unet/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.bin",
+        "x.ckpt",
+        "text_encoder/pytorch_model.bin",
+    ]
     assert hub.needed_files(base + both + pickles) == sorted(
         [
             *base,
@@ -142,7 +152,10 @@ def test_needed_files_takes_all_shards() -> None:
 
 
 def test_a_repository_of_pickles_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    siblings = [SimpleNamespace(rfilename="model_index.json", size=1), SimpleNamespace(rfilename="a.ckpt", size=1)]
+    siblings = [
+        SimpleNamespace(rfilename="model_index.json", size=1),
+        SimpleNamespace(rfilename="a.ckpt", size=1),
+    ]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
         huggingface_hub.HfApi, "model_info", lambda *a, **k: SimpleNamespace(sha=COMMIT, siblings=siblings)

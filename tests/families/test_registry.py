@@ -30,7 +30,9 @@ def test_folders_are_told_apart(tiny_sd: Path, tiny_sd2: Path) -> None:
     assert (registry.detect(tiny_sd), registry.detect(tiny_sd2)) == ("sd1", "sd2")
 
 
-@pytest.mark.parametrize(("width", "linear", "family"), [(768, True, "sd1"), (1024, False, "sd2"), (96, True, "sd2")])
+@pytest.mark.parametrize(
+    ("width", "linear", "family"), [(768, True, "sd1"), (1024, False, "sd2"), (96, True, "sd2")]
+)
 def test_the_published_widths_decide_and_else_the_projections(
     tiny_sd: Path, tmp_path: Path, width: int, linear: bool, family: str
 ) -> None:
@@ -167,7 +169,9 @@ def test_truncated_and_renamed_files(tiny_sd: Path, tmp_path: Path) -> None:
 def _checkpoint(width: int, text: str) -> dict[str, torch.Tensor]:
     return {
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3),
-        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, width),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(
+            8, width
+        ),
         f"cond_stage_model.{text}.x": torch.zeros(1),
         "first_stage_model.x": torch.zeros(1),
     }

@@ -63,9 +63,10 @@ def test_a_vocabulary_beside_the_file_or_in_the_hub_cache_is_found(
     assert single_file.find_vocabulary(file) == root / "snapshots" / "abc"
     write_tokenizer(tmp_path / "m" / "tokenizer")
     assert single_file.find_vocabulary(file) == tmp_path / "m" / "tokenizer"
-    assert load(file).tokenizers["tokenizer"]("a dog")["input_ids"] == load(tiny_sd).tokenizers["tokenizer"](
-        "a dog"
-    )["input_ids"]
+    assert (
+        load(file).tokenizers["tokenizer"]("a dog")["input_ids"]
+        == load(tiny_sd).tokenizers["tokenizer"]("a dog")["input_ids"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,9 @@ def test_configs_of_another_size_are_one_message(tiny_sd: Path, tmp_path: Path) 
     assert "configs beside it" in caught.value.fix
 
 
-@pytest.mark.parametrize(("family", "unet_m", "text_m", "side_px"), [("sd1", 860, 123, 512), ("sd2", 866, 340, 768)])
+@pytest.mark.parametrize(
+    ("family", "unet_m", "text_m", "side_px"), [("sd1", 860, 123, 512), ("sd2", 866, 340, 768)]
+)
 def test_the_shipped_configs_build_the_published_sizes(
     family: str, unet_m: int, text_m: int, side_px: int
 ) -> None:

@@ -160,7 +160,7 @@ def start_slow_drawing(root: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for_pngs(root: Path, count: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(list(root.rglob("0*.png"))) < count:
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -1,0 +1,103 @@
+"""From a run folder to its report: what training left on disk, as evaluation's page wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorabooth.evaluation.curves import read_curves
+from lorabooth.evaluation.report import Chosen, Pair, Picture, ReportData, StepSamples, write_report
+from lorabooth.recipe import Recipe, dump
+from lorabooth.training.folder import RunFolder, read_json
+from lorabooth.training.subjects import scan_all, subjects_of
+
+
+def write_run_report(folder: RunFolder, recipe: Recipe, steps: int) -> Path:
+    """Write report.html of a run from its files.
+
+    Args:
+        folder: of the run.
+        recipe: effective.
+        steps: optimizer steps done.
+    """
+    return write_report(folder.root, gather(folder, recipe, steps))
+
+
+def gather(folder: RunFolder, recipe: Recipe, steps: int) -> ReportData:
+    """Everything that the page shows; what is not on disk is left out."""
+    facts = read_json(folder.facts)
+    subjects = subjects_of(recipe)
+    timings: Mapping[str, float] = facts.get("timings_s", {})
+    before = pictures(folder.samples / "before")
+    after = pictures(folder.step_samples(steps))
+    pairs = _pairs(before, after)
+    tokens = [section.token for section in recipe.subjects]
+    photos = [record for scan in scan_all(subjects) for record in scan.records]
+    peak = facts.get("peak_memory_bytes")
+    device: Mapping[str, Any] = facts.get("device", {})
+    return ReportData(
+        subject=", ".join(subject.name for subject in subjects),
+        base=str(facts.get("base", {}).get("id", recipe.model.base)),
+        steps=steps,
+        seconds=sum(timings.values()),
+        facts=tuple(_headline(facts, folder)),
+        photos=tuple(Picture(record.path, record.caption) for record in photos),
+        curves=read_curves(folder.metrics) if folder.metrics.is_file() else None,
+        samples=tuple(
+            StepSamples(int(place.name.removeprefix("step-")), pictures(place))
+            for place in sorted(folder.samples.glob("step-*"))
+        ),
+        comparisons=tuple(pair for pair in pairs if _names_any(pair.prompt, tokens)),
+        class_check=tuple(pair for pair in pairs if not _names_any(pair.prompt, tokens)),
+        recipe_toml=dump(recipe, folder.root.absolute()),
+        choices=tuple(
+            Chosen(choice["key"], str(choice["value"]), choice["reason"]) for choice in facts.get("choices", [])
+        ),
+        timings_s=tuple(timings.items()),
+        peak_memory_bytes=((str(device.get("name", "device")), int(peak)),) if peak else (),
+        versions=tuple((name, str(value)) for name, value in facts.get("versions", {}).items()),
+        warnings=tuple(facts.get("warnings", [])),
+    )
+
+
+def pictures(place: Path) -> tuple[Picture, ...]:
+    """The samples of one folder, in order, with the prompt and seed that each file tells."""
+    from PIL import Image
+
+    found = []
+    for path in sorted(place.glob("*.png")):
+        if path.name == "grid.png":
+            continue
+        with Image.open(path) as image:
+            text = dict(image.info)
+        found.append(Picture(path, str(text.get("prompt", "")), int(text["seed"]) if "seed" in text else None))
+    return tuple(found)
+
+
+def _pairs(before: Sequence[Picture], after: Sequence[Picture]) -> list[Pair]:
+    """Pictures of the same prompt and seed, adapter off and on."""
+    by_key = {(picture.prompt, picture.seed): picture.path for picture in before}
+    return [
+        Pair(picture.prompt, picture.seed, by_key[picture.prompt, picture.seed], picture.path)
+        for picture in after
+        if picture.seed is not None and (picture.prompt, picture.seed) in by_key
+    ]
+
+
+def _names_any(prompt: str, tokens: Sequence[str]) -> bool:
+    words = prompt.replace(",", " ").split()
+    return any(token in words for token in tokens)
+
+
+def _headline(facts: Mapping[str, Any], folder: RunFolder) -> list[tuple[str, str]]:
+    lines = []
+    if folder.adapter.is_file():
+        lines.append(("adapter", f"{folder.adapter.name}, {folder.adapter.stat().st_size / 1e6:.1f} MB"))
+    adapter: Mapping[str, int] = facts.get("adapter", {})
+    if adapter:
+        lines.append(("trains", f"{adapter['modules']} modules, {adapter['parameters']:,} parameters"))
+    classes: Mapping[str, Any] = facts.get("class_images", {})
+    if classes:
+        lines.append(("prior preservation", f"{classes['mode']}, {classes['images']} class images"))
+    return lines
