@@ -149,6 +149,9 @@ def write(
 ) -> None:
     """Save an adapter atomically: a temporary file beside it, fsync, rename.
 
+    In kohya's layout a component's modules share one alpha (`formats.level_alphas`); where they do already,
+    what is read back is bit for bit what was written.
+
     Args:
         path: ends in .safetensors.
         tensors: canonical.
@@ -166,7 +169,8 @@ def write(
         raise AdapterError(
             f"An adapter is written to a .safetensors file as kohya or diffusers: {path.name}, {layout}."
         )
-    ready = prepare(tensors, dtype)
+    # Levelled before the cast, so that folding an alpha into lora_B rounds once.
+    ready = prepare(formats.level_alphas(tensors) if layout == "kohya" else tensors, dtype)
     entries = {"format": "pt", **metadata.to_dict(), **formats.export_header(ready, layout)}
     if layout == "kohya":
         entries |= _kohya_entries(formats.ranks_and_alphas(ready), metadata)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -205,6 +206,29 @@ def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, floa
         if alpha.numel() != 1 or not math.isfinite(float(alpha)):
             raise AdapterError(f"The alpha of {module!r} must be one finite number.")
         out[module] = (_rank(module, tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]), float(alpha))
+    return out
+
+
+def level_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same adapter with one alpha per component: other alphas are folded into their lora_B, in float32.
+
+    diffusers (0.42 at least) applies one alpha to a whole component of a kohya file when its modules' alphas
+    differ, and so changes the adapter's effect; files are written such that every reader agrees. An adapter
+    whose alphas agree already, as all that are trained here, is returned as it is.
+
+    Raises:
+        AdapterError: incomplete modules.
+    """
+    modules = ranks_and_alphas(tensors)
+    out = dict(tensors)
+    for component in {names.split_module(module)[0] for module in modules}:
+        own = {m: alpha for m, (_, alpha) in modules.items() if names.split_module(m)[0] == component}
+        common = Counter(alpha for alpha in own.values() if alpha).most_common(1)
+        for module, alpha in own.items():
+            if common and alpha != common[0][0]:
+                up = tensors[f"{module}.lora_B"]
+                out[f"{module}.lora_B"] = (up.float() * (alpha / common[0][0])).to(up.dtype)
+                out[f"{module}.alpha"] = tensors[f"{module}.alpha"].new_tensor(common[0][0])
     return out
 
 

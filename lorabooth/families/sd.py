@@ -73,10 +73,12 @@ class StableDiffusion:
         else:
             unet, vae = (config_of(base, self.name, part) for part in ("unet", "vae"))
             factor = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
+        source = base.source if isinstance(base, Parts) else base
+        defaults = POCKET_DEFAULTS if source.base_id == POCKET_ID else self.defaults
         size = unet.get("sample_size")
         if not isinstance(size, int) or size < 1:
-            return self.defaults
-        return replace(self.defaults, resolution_px=size * factor)
+            return defaults
+        return replace(defaults, resolution_px=size * factor)
 
     def load(self, source: Source, dtype: torch.dtype) -> Parts:
         """All components on the CPU, frozen, in eval mode; the VAE in float32 whatever `dtype` is.
@@ -223,6 +225,18 @@ class StableDiffusion:
         return int(parts.extras["vae_factor"]) << halvings
 
 
+POCKET_ID = "pocket"
+# The embedded base is a thousandth of SD's size: it wants a higher rate and less guidance, and learns sooner.
+# Found by the runs that benchmarks/pocket_base.py and the demo are made of.
+POCKET_DEFAULTS = Defaults(
+    resolution_px=64,
+    learning_rate=1e-3,
+    text_encoder_learning_rate=2e-4,
+    rank=16,
+    steps=300,
+    guidance=4.0,
+    sampler_steps=20,
+)
 SD1 = StableDiffusion(
     "sd1",
     Defaults(

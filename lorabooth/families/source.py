@@ -11,9 +11,9 @@ from lorabooth.errors import BaseModelError, RecipeError
 from lorabooth.families import hub, registry, single_file
 from lorabooth.families.base import Source
 from lorabooth.families.folder import PICKLE_SUFFIXES, component_weights, pickle_error, similar_names
+from lorabooth.families.sd import POCKET_ID
 from lorabooth.progress import Reporter, Silent
 
-POCKET = "pocket"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HASH_CHUNK_BYTES = 1 << 22
 
@@ -45,10 +45,10 @@ def resolve(
     say = reporter or Silent()
     if family != "auto":
         registry.family(family)
-    if base == POCKET:
+    if base == POCKET_ID:
         from lorabooth.pocket.base import pocket_dir  # here, because the other bases do not need it
 
-        return _source(Path(pocket_dir()), POCKET, family)
+        return _source(Path(pocket_dir()), POCKET_ID, family)
     path = Path(base).expanduser()
     if path.exists():
         if revision:

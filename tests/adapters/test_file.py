@@ -83,10 +83,15 @@ def test_written_entries_are_true_strings(saved):
     assert entries["ss_base_model_version"] == "sd_v1"
     assert entries["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert entries["lorabooth.family"] == "sd1"
-    mixed = adapter() | {"denoiser.conv_in.alpha": torch.tensor(1.0)}
+    text = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    mixed = adapter() | {
+        f"{text}.lora_A": torch.ones(1, 3),
+        f"{text}.lora_B": torch.ones(3, 1),
+        f"{text}.alpha": torch.tensor(1.0),
+    }
     file.write(saved, mixed, Metadata(family="sd2"))
     header = file.read_header(saved).metadata
-    assert "ss_network_alpha" not in header
+    assert not {"ss_network_alpha", "ss_network_dim"} & set(header)
     assert header["ss_v2"] == "True"
     assert "ss_base_model_version" not in header
     file.write(saved, adapter(), Metadata(family="sd1", base_id="pocket"))
