@@ -203,8 +203,9 @@ class Quiet:
 
 
 def _summary(label: str, done: int, start: int, unit: str, elapsed_s: float, shown: dict[str, str]) -> str:
+    plural = "" if done == 1 or unit == "it" else "s"
     parts = [
-        f"{label}: {done} {unit} in {duration_text(elapsed_s)}",
+        f"{label}: {done} {unit}{plural} in {duration_text(elapsed_s)}",
         rate_text(done - start, elapsed_s, unit),
     ]
     return "  ".join(filter(None, [*parts, *_fields(shown)]))

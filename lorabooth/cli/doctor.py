@@ -24,25 +24,30 @@ def doctor(
 
 def examine() -> dict[str, Any]:
     """Everything that `doctor` knows, ready for JSON."""
+    from lorabooth.families.quiet import quiet_libraries
+
+    with quiet_libraries():
+        return _facts()
+
+
+def _facts() -> dict[str, Any]:
     import torch
 
-    from lorabooth.families.quiet import quiet_libraries
     from lorabooth.memory.attention import attention_facts
     from lorabooth.memory.facts import default_device, devices, mismatches, versions
     from lorabooth.training.optim import eight_bit_problem
 
-    with quiet_libraries():
-        place = torch.device(default_device())
-        return {
-            "versions": versions(),
-            "torch_built_for": _build(),
-            "devices": [dataclasses.asdict(device) for device in devices()],
-            "device": place.type,
-            "optimizers": {"adamw": "", **{name: eight_bit_problem(name, place) for name in OPTIMIZERS}},
-            "attention": {kernel.name: kernel.detail for kernel in attention_facts(place)},
-            "pocket_base": _pocket(),
-            "problems": mismatches(),
-        }
+    place = torch.device(default_device())
+    return {
+        "versions": versions(),
+        "torch_built_for": _build(),
+        "devices": [dataclasses.asdict(device) for device in devices()],
+        "device": place.type,
+        "optimizers": {"adamw": "", **{name: eight_bit_problem(name, place) for name in OPTIMIZERS}},
+        "attention": {kernel.name: kernel.detail for kernel in attention_facts(place)},
+        "pocket_base": _pocket(),
+        "problems": mismatches(),
+    }
 
 
 def facts_text(facts: dict[str, Any]) -> str:

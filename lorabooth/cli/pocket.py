@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorabooth.cli.console import reporter_for
-from lorabooth.cli.errors import command
+from lorabooth.cli.errors import command, usage
 
 app = typer.Typer(help="The embedded base model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -21,13 +21,29 @@ def _group() -> None:
 @app.command("build")
 @command
 def build(
-    out: Annotated[Path, typer.Option(help="Folder for the model and the state of its training.")],
-    minutes: Annotated[float, typer.Option(min=0.1, help="Training time; a build can go on later.")] = 60.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the finished model.")] = Path("pocket-base"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="Training time; a build can go on later.")] = 120.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for training states and the log; OUT-work if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="Training processes on a CPU.")] = 2,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors and the result.")] = False,
 ) -> None:
-    """Render scenes and train the pocket base on them; started again with the same --out, it goes on."""
+    """Render scenes and train the pocket base on them; started again with the same folders, it goes on."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise usage(f"--device {device}: use auto, cpu or cuda")
+    import torch
+
+    from lorabooth.pocket.build import BuildPlan
     from lorabooth.pocket.build import build as build_base
 
-    result = build_base(out, minutes=minutes, device=device, reporter=reporter_for(quiet=quiet))
-    print(f"pocket base  {result}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise usage("--device cuda: torch sees no GPU here; `lorabooth doctor` says why")
+    states = work or out.with_name(f"{out.name}-work")
+    plan = BuildPlan(states, out, minutes, device, seed=seed, processes=processes)
+    reporter_for(quiet=quiet).say(f"building on {device} for {minutes:g} minutes; log: {plan.log_file}")
+    print(f"pocket base  {build_base(plan)}")

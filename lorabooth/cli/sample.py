@@ -49,7 +49,10 @@ def sample(
     if missing := [str(path) for path, _ in files if not path.is_file()]:
         raise AdapterError(f"there is no adapter file {', '.join(missing)}", "Check --adapter.")
 
-    from lorabooth.evaluation.sample import sample as draw
+    from lorabooth.families.quiet import quiet_libraries
+
+    with quiet_libraries():
+        from lorabooth.evaluation.sample import sample as draw
 
     result = draw(
         base,

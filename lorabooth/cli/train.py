@@ -57,8 +57,10 @@ def train(
 
 def run(recipe: Recipe, *, out: Path | None, dry_run: bool, quiet: bool, fresh: bool = False) -> None:
     """Train a recipe and print what came out; shared with the demo."""
-    from lorabooth import api
+    from lorabooth.families.quiet import quiet_libraries
 
+    with quiet_libraries():  # the libraries' remarks while they are imported are not the user's business
+        from lorabooth import api
     reporter = reporter_for(quiet=quiet)
     if dry_run:
         plan = api.train(recipe, out=out, dry_run=True, fresh=fresh, reporter=reporter)

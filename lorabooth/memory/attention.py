@@ -158,7 +158,7 @@ def _prove(attend: Any, head_size: int, dtype: torch.dtype, device: torch.device
     generator = torch.Generator().manual_seed(0)
     shape = (2, 2, _TOKENS, head_size)
     exact = [torch.randn(shape, generator=generator).to(dtype).float() for _ in range(4)]
-    inputs = [t.to(device, dtype).requires_grad_() for t in exact[:3]]
+    inputs = [t.clone().to(device, dtype).requires_grad_() for t in exact[:3]]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch explains at length why a forced kernel is not available

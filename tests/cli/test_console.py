@@ -38,7 +38,7 @@ def test_plain_lines_are_few_and_hold_what_matters() -> None:
     text = stream.getvalue().splitlines()
     assert len(text) == 12 // LINE_INTERVAL_S + 1
     assert text[0] == "training  65/100  loss 0.24  lr 1e-4  5.00 step/s  ETA 0:07"
-    assert text[-1] == "training: 100 step in 0:12  5.00 step/s  loss 0.59  lr 1e-4"
+    assert text[-1] == "training: 100 steps in 0:12  5.00 step/s  loss 0.59  lr 1e-4"
 
 
 def test_plain_messages() -> None:
@@ -60,7 +60,13 @@ def test_bars_leave_one_line_a_task_and_take_markup_as_text() -> None:
         outer.advance(1, kept="3")
     bars.warn("done")
     text = stream.getvalue()
-    for expected in ("class [images]: 3 image in", "inner: 1 it in", "half [way]", "warning: done", "kept 3"):
+    for expected in (
+        "class [images]: 3 images in",
+        "inner: 1 it in",
+        "half [way]",
+        "warning: done",
+        "kept 3",
+    ):
         assert expected in text
 
 

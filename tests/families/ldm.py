@@ -1,7 +1,8 @@
 """A tiny diffusers folder written as one file in the original (LDM) key layout, by the published tables.
 
-UNet: input_blocks.(n+1)*i+j+1 / output_blocks.(n+1)*i+j for block i, layer j, n layers a block. VAE: decoder blocks
-numbered from the other end. Text: SD1 keeps transformers' names, SD2 has OpenCLIP's with q, k, v in one matrix.
+UNet: input_blocks.(n+1)*i+j+1 and output_blocks.(n+1)*i+j for block i, layer j, n layers a block. VAE: the
+decoder's blocks are numbered from the other end. Text: SD1 keeps transformers' names; SD2 has OpenCLIP's,
+with q, k and v in one matrix.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def text_to_ldm(tensors: Tensors, *, openclip: bool) -> Tensors:
 
 
 def make_single_file(folder: Path, file: Path, *, openclip: bool = False, configs: bool = True) -> Path:
-    """Write a diffusers folder as one LDM file, with its configs and tokenizer in a folder beside it if asked."""
+    """Write a diffusers folder as one LDM file, its configs and tokenizer in a folder beside it if asked."""
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     text = load_file(folder / "text_encoder" / "model.safetensors")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lorabooth.errors import BaseModelError
 from lorabooth.families import registry, source
 from lorabooth.families.base import Parts
-from lorabooth.families.sd_load import probe_prediction
+from lorabooth.families.sd_load import _told_by_probe, probe_prediction
 
 SD1 = registry.family("sd1")
 
@@ -159,24 +159,40 @@ def test_decoding_undoes_the_scaling_of_encoding(tiny_sd: Path) -> None:
     torch.testing.assert_close(SD1.decode_latents(parts, latents), by_hand)
 
 
-def test_the_probe_tells_a_noise_predictor_from_a_v_predictor(tiny_sd2: Path) -> None:
-    """A real UNet, trained for a moment at the last timestep on each of the two targets."""
-    for kind in ("epsilon", "v_prediction"):
-        parts = load(tiny_sd2)
-        unet, empty = parts.denoiser, torch.zeros(1, 77, 32)
-        unet.requires_grad_(True)
-        optimizer = torch.optim.Adam(unet.parameters(), 2e-3)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(60):
-            x0, eps = torch.randn(2, 4, 4, 16, 16, generator=generator)
-            x0 = x0.mean((2, 3), keepdim=True).expand_as(eps)
-            x, v = 0.068 * x0 + 0.998 * eps, 0.068 * eps - 0.998 * x0
-            out = unet(x, torch.full((4,), 999), empty.expand(4, -1, -1)).sample
-            loss = (out - (eps if kind == "epsilon" else v)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        assert probe_prediction(unet, empty) == kind
-        unet.to(torch.float16)
-        assert probe_prediction(unet, empty) == kind
-        assert unet.dtype == torch.float16
+class GaussianDenoiser(nn.Module):
+    """The best possible predictor for latents that are normal around a mean: x = a x0 + s eps."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.mean = kind, nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor, level: Tensor, hidden: Tensor, return_dict: bool) -> tuple[Tensor]:
+        a, s = 0.068, 0.998
+        eps, x0 = s * (x - a * self.mean), self.mean + a * (x - a * self.mean)
+        return (eps if self.kind == "epsilon" else a * eps - s * x0,)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_probe_tells_a_noise_predictor_from_a_v_predictor(kind: str, dtype: torch.dtype) -> None:
+    unet = GaussianDenoiser(kind).to(dtype)
+    assert probe_prediction(unet, torch.zeros(1, 77, 32)) == kind
+    assert unet.mean.dtype == dtype
+
+
+def test_what_a_single_file_sd2_predicts_is_probed_and_noted(
+    tiny_sd2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny random UNet follows nothing: slope 0. One that returns its input predicts noise, at 512 px."""
+    parts = load(tiny_sd2)
+    scheduler = dict(parts.scheduler_config) | {"prediction_type": "unknown"}
+    unet, encoder = parts.denoiser, parts.text_encoders["text_encoder"]
+    tokenizer = parts.tokenizers["tokenizer"]
+    told, notes = _told_by_probe(scheduler, unet, encoder, tokenizer)
+    assert told["prediction_type"] == "v_prediction"
+    assert unet.config.sample_size == 8
+    assert "v_prediction" in notes[0]
+    monkeypatch.setattr(unet, "forward", lambda x, level, hidden, return_dict: (x,))
+    told, notes = _told_by_probe(scheduler, unet, encoder, tokenizer)
+    assert told["prediction_type"] == "epsilon"
+    assert unet.config.sample_size == 64
