@@ -52,7 +52,7 @@ def gather(folder: RunFolder, recipe: Recipe, steps: int) -> ReportData:
         class_check=tuple(pair for pair in pairs if not _names_any(pair.prompt, tokens)),
         recipe_toml=dump(recipe, folder.root.absolute()),
         choices=tuple(
-            Chosen(choice["key"], str(choice["value"]), choice["reason"]) for choice in facts.get("choices", [])
+            Chosen(each["key"], str(each["value"]), each["reason"]) for each in facts.get("choices", [])
         ),
         timings_s=tuple(timings.items()),
         peak_memory_bytes=((str(device.get("name", "device")), int(peak)),) if peak else (),
@@ -71,7 +71,8 @@ def pictures(place: Path) -> tuple[Picture, ...]:
             continue
         with Image.open(path) as image:
             text = dict(image.info)
-        found.append(Picture(path, str(text.get("prompt", "")), int(text["seed"]) if "seed" in text else None))
+        seed = int(text["seed"]) if "seed" in text else None
+        found.append(Picture(path, str(text.get("prompt", "")), seed))
     return tuple(found)
 
 

@@ -36,6 +36,9 @@ def load_parts(source: Source, family: str, dtype: torch.dtype) -> Parts:
     scheduler = config_of(source, family, "scheduler")
     notes: tuple[str, ...] = ()
     vae: Any = load_vae(source, family)
+    tokenizer: Any
+    text_encoder: Any
+    unet: Any
     if source.path.is_file():
         tokenizer, text_encoder, unet = single_file.load_components(source.path, family, dtype, vae)
     else:
@@ -100,8 +103,8 @@ def probe_prediction(unet: Any, empty_prompt_1LD: Tensor) -> str:
     """Tell what a Stable Diffusion UNet predicts when no config says so: "epsilon" or "v_prediction".
 
     At the last timestep the input x is almost pure noise. A network that predicts the noise returns it, so
-    that its output follows x with slope 1; v = a eps - s x0, with a = 0.07 and x0 not to be seen in x, follows
-    x with a slope of about 0. One forward pass at 16x16 latents decides.
+    that its output follows x with slope 1; v = a eps - s x0, with a = 0.07 and x0 not to be seen in x, has a
+    slope of about 0. One forward pass at 16x16 latents decides.
 
     Args:
         unet: the denoiser, on the CPU.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 from torch import Tensor
 
 from lorabooth.errors import RecipeError
@@ -27,7 +28,16 @@ from lorabooth.pocket import vae as vae_phase
 from lorabooth.pocket.dataset import Rendered, rendered
 from lorabooth.pocket.export import assemble, write_folder
 from lorabooth.pocket.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from lorabooth.pocket.trainer import Budget, Shard, Task, append_log, average_of, read_state, train, write_state
+from lorabooth.pocket.trainer import (
+    Budget,
+    Shard,
+    Task,
+    append_log,
+    average_of,
+    read_state,
+    train,
+    write_state,
+)
 from lorabooth.pocket.vocabulary import corpus
 from lorabooth.rng import seed_for
 
@@ -52,7 +62,6 @@ class BuildPlan:
         min_steps: optimizer steps that each phase makes even when the time is up.
         processes: training processes on a CPU, one thread each; a GPU has one.
         export_every_s: seconds between two exports while the denoiser trains.
-        compile: whether the denoiser is compiled for training.
     """
 
     work: Path
@@ -64,7 +73,6 @@ class BuildPlan:
     min_steps: int = 2
     processes: int = 2
     export_every_s: float = 600.0
-    compile: bool = False
 
     def seconds(self, phase: str) -> float:
         """Training time of "vae", "clip" or "unet"."""
@@ -124,14 +132,24 @@ def _task(plan: BuildPlan, phase: str, shard: Shard) -> Task:
             unet.set_attn_processor(unet_phase.ExplicitAttention())
         latents = read_state(plan.work / "latents.safetensors")[0]["latents"]
         encoder = clip_phase.text_half(load_parts(plan).clip).to(device)
-        forward = torch.compile(unet) if plan.compile else unet
         module, hyper = unet, unet_phase.HYPER
-        losses = unet_phase.unet_losses(forward, encoder, tokenizer, latents, data.scenes, device, plan.seed, shard)
+        losses = unet_phase.unet_losses(
+            unet, encoder, tokenizer, latents, data.scenes, device, plan.seed, shard
+        )
         on_save = _exporter(plan)
     budget = Budget(plan.seconds(phase), plan.min_steps)
     save_every_s = plan.export_every_s if phase == "unet" else 120.0
     return Task(
-        phase, module, losses, hyper, budget, plan.state_file(phase), plan.log_file, save_every_s, shard, on_save
+        phase,
+        module,
+        losses,
+        hyper,
+        budget,
+        plan.state_file(phase),
+        plan.log_file,
+        save_every_s,
+        shard,
+        on_save,
     )
 
 
@@ -173,29 +191,32 @@ def _train_phase(plan: BuildPlan, phase: str) -> None:
 
 
 def load_parts(plan: BuildPlan) -> Parts:
-    """The averaged autoencoder, with its scaling factor measured, and the averaged CLIP of a work folder."""
+    """The averaged autoencoder, its latents standardised once they are measured, and the averaged CLIP."""
     vae = vae_phase.make_vae()
     vae.load_state_dict(average_of(plan.state_file("vae")))
-    scale_file = plan.work / "latents.json"
-    if scale_file.exists():
-        vae.register_to_config(scaling_factor=json.loads(scale_file.read_text())["scaling_factor"])
+    file = plan.work / "latents.safetensors"
+    if file.exists():
+        with safe_open(file, framework="pt") as latents:
+            vae_phase.standardise(vae, latents.get_tensor("mean"), latents.get_tensor("std"))
     clip = clip_phase.make_clip(load_tokenizer(plan.work / "tokenizer"))
     clip.load_state_dict(average_of(plan.state_file("clip")))
     return Parts(vae.eval(), clip.eval())
 
 
 def _encode(plan: BuildPlan, data: Rendered) -> None:
-    """Latents of all pictures, scaled to unit deviation, once per trained autoencoder."""
+    """Latents of all pictures, every channel standardised, once per trained autoencoder."""
     file = plan.work / "latents.safetensors"
-    stamp = read_state(plan.state_file("vae"))[1]["step"]
-    if file.exists() and read_state(file)[1] == {"vae_step": stamp, "count": len(data.images)}:
-        return
+    stamp = {"vae_step": read_state(plan.state_file("vae"))[1]["step"], "count": len(data.images)}
+    if file.exists():
+        if read_state(file)[1] == stamp:
+            return
+        file.unlink()
     _begin(plan, "latents")
     vae = load_parts(plan).vae.to(plan.device)
     raw = vae_phase.encode_all(vae, data.images, torch.device(plan.device)).float()
-    factor = 1.0 / float(raw.std())
-    (plan.work / "latents.json").write_text(json.dumps({"scaling_factor": round(factor, 6)}))
-    write_state(file, {"latents": (raw * round(factor, 6)).half()}, {"vae_step": stamp, "count": len(data.images)})
+    mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
+    latents = (raw - mean[:, None, None]) / std[:, None, None]
+    write_state(file, {"latents": latents.half(), "mean": mean, "std": std}, stamp)
 
 
 def build(plan: BuildPlan) -> Path:
@@ -217,7 +238,7 @@ def build(plan: BuildPlan) -> Path:
     tokenizer_folder = plan.work / "tokenizer"
     if not (tokenizer_folder / "tokenizer.json").exists():
         _begin(plan, "tokenizer")
-        save_tokenizer(train_tokenizer(*corpus(plan.seed, 20_000)), tokenizer_folder)
+        save_tokenizer(train_tokenizer(*corpus(plan.seed, 4_000)), tokenizer_folder)
     _begin(plan, "render")
     data = _train_data(plan, plan.processes)
     for phase in ("vae", "clip"):

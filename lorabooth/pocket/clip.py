@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 from lorabooth.pocket.dataset import Rendered, batch_indices, pixels_of
-from lorabooth.pocket.trainer import Hyper, Shard
+from lorabooth.pocket.trainer import ALONE, Hyper, Shard
 from lorabooth.pocket.vocabulary import CONTEXT_TOKENS, draw_caption, identifiers
 from lorabooth.rng import seed_for
 
@@ -67,7 +67,11 @@ def save_clip_rest(clip: CLIPModel, folder: Path) -> None:
     """Write what the pipeline's text encoder lacks, in half precision: image half, projections, temperature."""
     folder.mkdir(parents=True, exist_ok=True)
     clip.config.save_pretrained(folder)
-    rest = {n: t.detach().half().contiguous() for n, t in clip.state_dict().items() if not n.startswith("text_model.")}
+    rest = {
+        n: t.detach().half().contiguous()
+        for n, t in clip.state_dict().items()
+        if not n.startswith("text_model.")
+    }
     save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -96,7 +100,7 @@ def clip_losses(
     data: Rendered,
     device: torch.device,
     seed: int,
-    shard: Shard = Shard(),
+    shard: Shard = ALONE,
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """The losses of a step: CLIP's contrast, and a reading of every token from its own output.
 
@@ -114,7 +118,9 @@ def clip_losses(
         with torch.autocast(device.type, torch.bfloat16):
             hidden = clip.text_model(ids)
             texts = clip.text_projection(hidden.pooler_output).float()
-            images = clip.visual_projection(clip.vision_model(pixels_of(data.images[picks], device)).pooler_output)
+            images = clip.visual_projection(
+                clip.vision_model(pixels_of(data.images[picks], device)).pooler_output
+            )
         texts, images = F.normalize(texts, dim=-1), F.normalize(images.float(), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100.0) * texts @ images.T
         same = np.array(prompts)[:, None] == np.array(prompts)[None, :]
@@ -132,7 +138,9 @@ def clip_losses(
 
 
 @torch.no_grad()
-def retrieval_top1(clip: CLIPModel, tokenizer: CLIPTokenizer, images: NDArray[np.uint8], prompts: list[str]) -> float:
+def retrieval_top1(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, images: NDArray[np.uint8], prompts: list[str]
+) -> float:
     """The share of prompts whose own picture is the best match among all given."""
     device = next(clip.parameters()).device
     output = clip(input_ids=tokenize(tokenizer, prompts, device), pixel_values=pixels_of(images, device))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPImageProcessor, CLIPModel
 
@@ -47,6 +47,7 @@ def write_folder(pipeline: StableDiffusionPipeline, clip: CLIPModel, folder: Pat
         staging = Path(name)
         _half_copy(pipeline).save_pretrained(staging, safe_serialization=True)
         save_tokenizer(pipeline.tokenizer, staging / "tokenizer")
+        _load_as_float32(staging / "text_encoder" / "config.json")
         save_clip_rest(clip, staging / "clip")
         size = {"height": 64, "width": 64}
         CLIPImageProcessor(
@@ -59,6 +60,13 @@ def write_folder(pipeline: StableDiffusionPipeline, clip: CLIPModel, folder: Pat
                 file.replace(target)
 
 
+def _load_as_float32(config_file: Path) -> None:
+    """Name float32 in a config: transformers loads what is named there, diffusers always float32 by default."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["dtype"] = "float32"
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def _half_copy(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     vae = AutoencoderKL.from_config(pipeline.vae.config)
     unet = UNet2DConditionModel.from_config(pipeline.unet.config)
@@ -66,7 +74,6 @@ def _half_copy(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     for copy, part in ((vae, pipeline.vae), (unet, pipeline.unet), (text_encoder, pipeline.text_encoder)):
         copy.load_state_dict(part.state_dict())
         copy.half()
-    text_encoder.config.dtype = torch.float32  # else transformers loads half precision where diffusers loads float32
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

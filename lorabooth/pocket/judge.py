@@ -32,11 +32,19 @@ class Judge(nn.Module):
         before = 3
         for index, after in enumerate(widths):
             kernel, padding = (5, 2) if index == 0 else (3, 1)
-            layers += [nn.Conv2d(before, after, kernel, stride=2, padding=padding), nn.GroupNorm(8, after), nn.SiLU()]
-            layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()] if index else []
+            layers += [
+                nn.Conv2d(before, after, kernel, stride=2, padding=padding),
+                nn.GroupNorm(8, after),
+                nn.SiLU(),
+            ]
+            layers += (
+                [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()] if index else []
+            )
             before = after
         self.trunk = nn.Sequential(*layers)
-        self.heads = nn.ModuleDict({name: nn.Linear(16 * widths[-1], len(values)) for name, values in HEADS.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(16 * widths[-1], len(values)) for name, values in HEADS.items()}
+        )
 
     def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
         """Pictures [B,3,64,64] in [-1, 1] -> logits [B,K] a head."""
@@ -129,6 +137,8 @@ def agreement(judge: Judge, pixels_NCHW: Tensor, scenes: Sequence[Scene]) -> dic
     """How often the judge reads from each picture what its scene holds."""
     read = judged(judge, pixels_NCHW)
     return {
-        name: share(sum(a == attributes(s)[name] for a, s in zip(read[name], scenes, strict=True)), len(scenes))
+        name: share(
+            sum(a == attributes(s)[name] for a, s in zip(read[name], scenes, strict=True)), len(scenes)
+        )
         for name in HEADS
     }

@@ -56,7 +56,13 @@ def train_tokenizer(sentences: Sequence[str], rare_words: Sequence[str]) -> CLIP
 
     merges = _merges_of(sentences, rare_words)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges), START, END]
+    names = [
+        *alphabet,
+        *(f"{letter}</w>" for letter in alphabet),
+        *("".join(pair) for pair in merges),
+        START,
+        END,
+    ]
     vocabulary = {name: index for index, name in enumerate(dict.fromkeys(names))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT_TOKENS)
 

@@ -86,6 +86,9 @@ class Shard:
     world: int = 1
 
 
+ALONE = Shard()
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """What `train` needs of a phase.
@@ -111,7 +114,7 @@ class Task:
     state_file: Path
     log_file: Path
     save_every_s: float = 300.0
-    shard: Shard = Shard()
+    shard: Shard = ALONE
     on_save: Callable[[dict[str, Tensor], int, float], None] | None = None
 
 
@@ -169,7 +172,9 @@ def _optimizer(task: Task) -> torch.optim.AdamW:
     )
 
 
-def _state_tensors(module: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def _state_tensors(
+    module: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.AdamW
+) -> dict[str, Tensor]:
     out = {f"model/{name}": tensor for name, tensor in module.state_dict().items()}
     out |= {f"ema/{name}": tensor for name, tensor in ema.items()}
     for index, entry in optimizer.state_dict()["state"].items():
@@ -177,7 +182,9 @@ def _state_tensors(module: nn.Module, ema: Mapping[str, Tensor], optimizer: torc
     return out
 
 
-def _load_state(path: Path, module: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.AdamW) -> dict[str, Any]:
+def _load_state(
+    path: Path, module: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.AdamW
+) -> dict[str, Any]:
     tensors, info = read_state(path)
     module.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model/")})
     for name, average in ema.items():
@@ -246,7 +253,9 @@ def _update(task: Task, optimizer: torch.optim.AdamW, step: int, lr: float) -> N
         group["lr"] = lr
     norm = float(nn.utils.clip_grad_norm_(task.module.parameters(), task.hyper.max_grad_norm))
     if not math.isfinite(norm):
-        raise TrainingError(f"Training the pocket base's {task.name} diverged at step {step}.", "Lower its lr.")
+        raise TrainingError(
+            f"Training the pocket base's {task.name} diverged at step {step}.", "Lower its lr."
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorabooth.pocket.clip import TEXT_WIDTH, tokenize
 from lorabooth.pocket.dataset import batch_indices
 from lorabooth.pocket.scenes import Scene
-from lorabooth.pocket.trainer import Hyper, Shard
+from lorabooth.pocket.trainer import ALONE, Hyper, Shard
 from lorabooth.pocket.vae import LATENT_CHANNELS
 from lorabooth.pocket.vocabulary import draw_caption, identifiers
 from lorabooth.rng import generator_for, seed_for
@@ -21,8 +21,10 @@ from lorabooth.rng import generator_for, seed_for
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-HYPER = Hyper(lr=1.2e-3, warmup_steps=200, final_lr_ratio=0.01, weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.9993)
-BATCH = 64
+HYPER = Hyper(
+    lr=1e-3, warmup_steps=200, final_lr_ratio=0.01, weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.9993
+)
+BATCH = 48
 CAPTION_DROPOUT = 0.1
 SNR_GAMMA, LEAST_WEIGHT = 5.0, 0.3
 
@@ -118,14 +120,14 @@ def unet_losses(
     scenes: Sequence[Scene],
     device: torch.device,
     seed: int,
-    shard: Shard = Shard(),
+    shard: Shard = ALONE,
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """The losses of a step: weighted squared error of v.
 
     Args:
-        unet: the denoiser, plain or compiled.
+        unet: the denoiser, in training mode.
         encoder, tokenizer: the frozen text half.
-        latents: [N,4,16,16], scaled to unit deviation.
+        latents: [N,8,16,16], scaled to unit deviation.
         scenes: N scenes, from which captions are drawn anew every time.
         device: where it trains.
         seed: of batches, captions, noise and timesteps.
@@ -143,7 +145,10 @@ def unet_losses(
         clean = latents[torch.from_numpy(picks)].float().to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         level = torch.randint(0, len(power), (local,), generator=generator).to(device)
-        signal, sigma = power[level].sqrt()[:, None, None, None], (1 - power[level]).sqrt()[:, None, None, None]
+        signal, sigma = (
+            power[level].sqrt()[:, None, None, None],
+            (1 - power[level]).sqrt()[:, None, None, None],
+        )
         target = signal * noise - sigma * clean
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():

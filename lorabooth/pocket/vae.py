@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorabooth.pocket.dataset import batch_indices, pixels_of
-from lorabooth.pocket.trainer import Hyper, Shard
+from lorabooth.pocket.trainer import ALONE, Hyper, Shard
 from lorabooth.rng import generator_for, seed_for
 
 LATENT_CHANNELS = 8
-HYPER = Hyper(lr=2e-3, warmup_steps=100, final_lr_ratio=0.02, weight_decay=0.0, betas=(0.9, 0.99), ema_decay=0.998)
+HYPER = Hyper(
+    lr=2e-3, warmup_steps=100, final_lr_ratio=0.02, weight_decay=0.0, betas=(0.9, 0.99), ema_decay=0.998
+)
 BATCH = 16
 SQUARE_WEIGHT, EDGE_WEIGHT, FEATURE_WEIGHT, KL_WEIGHT = 4.0, 0.5, 0.3, 1e-6
 
@@ -75,7 +77,7 @@ def edge_loss(output_BCHW: Tensor, target_BCHW: Tensor, scales: int = 2) -> Tens
 
 
 def vae_losses(
-    vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, seed: int, shard: Shard = Shard()
+    vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, seed: int, shard: Shard = ALONE
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """The losses of a step: absolute and squared error, edges, random features and a whisper of KL.
 
@@ -96,7 +98,9 @@ def vae_losses(
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(target).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            noise = torch.randn(mean.shape, generator=generator_for(seed, step, shard.rank, "vae noise")).to(device)
+            noise = torch.randn(mean.shape, generator=generator_for(seed, step, shard.rank, "vae noise")).to(
+                device
+            )
             output = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
         with torch.autocast(device.type, torch.bfloat16):
             pairs = zip(features(output), features(target), strict=True)
@@ -105,7 +109,9 @@ def vae_losses(
         edge = edge_loss(output, target)
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3)).mean()
         square = (output - target).square().mean()
-        loss = pixel + SQUARE_WEIGHT * square + EDGE_WEIGHT * edge + FEATURE_WEIGHT * perceived + KL_WEIGHT * kl
+        loss = (
+            pixel + SQUARE_WEIGHT * square + EDGE_WEIGHT * edge + FEATURE_WEIGHT * perceived + KL_WEIGHT * kl
+        )
         mse = ((output - target) / 2).square().mean(dim=(1, 2, 3))
         return {"loss": loss, "l1": pixel, "edge": edge, "psnr_db": -10 * torch.log10(mse).mean(), "kl": kl}
 
@@ -113,7 +119,29 @@ def vae_losses(
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 250) -> Tensor:
+def standardise(vae: AutoencoderKL, mean_C: Tensor, std_C: Tensor) -> None:
+    """Give every latent channel mean 0 and deviation 1, by folding both into the 1x1 convolutions around the latents.
+
+    Pictures decode as before; the scaling factor becomes 1.
+
+    Args:
+        vae: changed in place.
+        mean_C, std_C: [C] of the latents that it gives now.
+    """
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += (post.weight[:, :, 0, 0] * mean_C).sum(dim=1)
+    post.weight *= std_C[None, :, None, None]
+    channels = len(mean_C)
+    quant.weight[:channels] /= std_C[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean_C) / std_C
+    quant.bias[channels:] -= 2 * torch.log(std_C)
+    vae.register_to_config(scaling_factor=1.0)
+
+
+@torch.no_grad()
+def encode_all(
+    vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 250
+) -> Tensor:
     """Posterior means of all pictures, unscaled: float16 [N,8,16,16] on the CPU."""
     parts: list[Tensor] = []
     for start in range(0, len(images), batch):
@@ -124,7 +152,9 @@ def encode_all(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.devi
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 100) -> Tensor:
+def reconstruct(
+    vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 100
+) -> Tensor:
     """Pictures through the autoencoder: float32 [N,3,64,64] in [-1, 1] on the CPU."""
     parts: list[Tensor] = []
     for start in range(0, len(images), batch):

@@ -70,7 +70,9 @@ def with_identifier(caption: str, identifier: str) -> str:
     return f"{caption[: match.start()]}{article}{identifier} {word}{caption[match.end(1) :]}"
 
 
-def draw_caption(scene: scenes.Scene, rng: np.random.Generator, names: Sequence[str], drop: float = 0.35) -> str:
+def draw_caption(
+    scene: scenes.Scene, rng: np.random.Generator, names: Sequence[str], drop: float = 0.35
+) -> str:
     """A caption of `scene`, in `IDENTIFIER_SHARE` of the draws with a random identifier from `names`."""
     text = scenes.caption(scene, rng, drop=drop)
     if rng.random() < IDENTIFIER_SHARE:

@@ -1,12 +1,13 @@
 """Puts the rooms together for one run: examples, adapter, optimizer -> a `Session` for the loop.
 
-Everything that differs between runs (family, prior mode, precision, cached or trained text encoder) is decided
-here, so that the loop and the step contain none of it.
+Everything that differs between runs (family, prior mode, precision, cached or trained text encoder) is
+decided here, so that the loop and the step contain none of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from lorabooth.memory.attention import set_attention
 from lorabooth.objective.loss import weighting
 from lorabooth.progress import Reporter
 from lorabooth.recipe import Recipe
+from lorabooth.rng import seed_for
 from lorabooth.training import optim
 from lorabooth.training.caching import Examples
 from lorabooth.training.loop import Session, to_device
@@ -200,6 +202,7 @@ def compose(
         parameters=parameters,
         up_weights=[layer.lora_B[attached.name].weight for layer in attached.modules.values()],
         autocast=lambda: precision.autocast(device),
+        randomness=_dropout_randomness(recipe, accelerator) if recipe.adapter.dropout else _no_randomness,
         scaler=precision.scaler(device),
         section=recipe.optim,
         seed=recipe.run.seed,
@@ -208,3 +211,23 @@ def compose(
         diagnosis=f"{apply.NAMES[precision.compute]} on {device.type}, base {parts.source.base_id} in "
         f"{apply.NAMES[precision.base]}",
     )
+
+
+def _no_randomness(step: int, turn: int) -> AbstractContextManager[None]:  # noqa: ARG001 - as the other kind
+    """Nothing in the step draws."""
+    return nullcontext()
+
+
+def _dropout_randomness(
+    recipe: Recipe, accelerator: Accelerator
+) -> Callable[[int, int], AbstractContextManager[None]]:
+    """Dropout draws from torch's global state: seed it for one micro-batch, then put it back."""
+    devices = [accelerator.device.index or 0] if accelerator.device.type == "cuda" else []
+
+    @contextmanager
+    def seeded(step: int, turn: int) -> Iterator[None]:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed_for(recipe.run.seed, step, accelerator.process_index, "dropout", turn))
+            yield
+
+    return seeded

@@ -66,7 +66,7 @@ class Ledger:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory so far: allocated on a GPU, else the process's resident set; None where neither is known."""
+    """Most memory so far: allocated on a GPU, else the resident set; None where neither is known."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "win32":

@@ -94,7 +94,7 @@ def claim(out: Path, recipe: Recipe) -> RunFolder:
             lines = [f"  {key}: {old!r} there, {new!r} now" for key, old, new in changed]
             raise RecipeError(
                 "\n".join([f"{out} holds a run of another recipe:", *lines]),
-                "Give another --out, or --fresh to start beside it, or take these changes back to go on with it.",
+                "Give another --out, or --fresh to start beside it, or take the changes back to go on.",
             )
     elif out.exists() and not out.is_dir():
         raise RecipeError(f"run.out: {out} is a file", "Give a folder.")

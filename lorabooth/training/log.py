@@ -34,6 +34,11 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
+    def sync(self) -> None:
+        """Wait until all lines are on the disk; before a checkpoint that counts on them."""
+        if self.path.exists():
+            durable.sync_file(self.path)
+
     def truncate_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will do again, and a torn last line; atomic.
 

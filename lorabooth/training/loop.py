@@ -54,6 +54,8 @@ class Session:
         parameters: all trained parameters.
         up_weights: the adapter's lora_B parameters (zero at the start).
         autocast: context of the forward pass.
+        randomness: (step, micro-batch) -> context in which layers may draw (dropout): a function of the
+            two, and the global random state is put back.
         scaler: for fp16; disabled otherwise.
         section: the recipe's optim section, without "auto".
         seed: the run's.
@@ -69,6 +71,7 @@ class Session:
     parameters: Sequence[torch.nn.Parameter]
     up_weights: Sequence[torch.nn.Parameter]
     autocast: Callable[[], AbstractContextManager[Any]]
+    randomness: Callable[[int, int], AbstractContextManager[Any]]
     scaler: torch.amp.GradScaler
     section: OptimSection
     seed: int
@@ -138,14 +141,17 @@ def run_steps(
             done = step + 1
             saved = done == stop or (hooks.checkpoint_every > 0 and done % hooks.checkpoint_every == 0)
             if saved:
+                metrics.sync()
                 hooks.checkpoint(done)
             if hooks.preview_every > 0 and done % hooks.preview_every == 0 and done < stop:
                 hooks.preview(done)
             if asked and done < stop:
                 if not saved:
+                    metrics.sync()
                     hooks.checkpoint(done)
                 raise Interrupted(
-                    f"interrupted by {signal.Signals(asked[0]).name} after step {done} of {stop}; the state is saved.",
+                    f"interrupted by {signal.Signals(asked[0]).name} after step {done} of {stop}; "
+                    "the state is saved.",
                     "The same command again goes on from here.",
                 )
     return log
@@ -156,7 +162,7 @@ def _one_step(session: Session, step: int) -> tuple[dict[str, Any], bool]:
     device = session.accelerator.device
     sums = torch.zeros(3, device=device)
     record_ids: list[str] = []
-    for micro_batch in session.batches(step):
+    for turn, micro_batch in enumerate(session.batches(step)):
         for batch in micro_batch:
             record_ids.extend(batch.record_ids)
             rows = class_rows(batch)
@@ -169,7 +175,7 @@ def _one_step(session: Session, step: int) -> tuple[dict[str, Any], bool]:
                 batch.latents.shape[1:],
                 device=device,
             )
-            with session.autocast():
+            with session.autocast(), session.randomness(step, turn):
                 terms = micro_step(
                     session.step_parts,
                     moved,
@@ -257,7 +263,7 @@ def _signals() -> Iterator[list[int]]:
         yield asked
         return
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def note(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
         if asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(signum)

@@ -113,7 +113,7 @@ def gather(subjects: Sequence[Subject], *, resolution_px: int, reporter: Reporte
 
 
 def as_class_examples(photos: Sequence[Record], subjects: Sequence[Subject]) -> tuple[Record, ...]:
-    """The subject's own photos under the class prompt: what `distill` holds the model to (no class images)."""
+    """The subject's own photos under the class prompt: what `distill` holds the model to."""
     prompts = {subject.name: subject.class_prompt for subject in subjects}
     return tuple(replace(photo, role=Role.CLASS, caption=prompts[photo.subject]) for photo in photos)
 

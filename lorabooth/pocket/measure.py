@@ -1,0 +1,125 @@
+"""How good the pocket base is: what a judge reads from samples of held-out prompts, and the autoencoder's PSNR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from lorabooth.pocket import judge as judging
+from lorabooth.pocket.dataset import rendered, scene_at
+from lorabooth.pocket.judge import Judge, Share
+from lorabooth.pocket.scenes import Scene, full_caption
+from lorabooth.pocket.trainer import Budget, Task, train
+from lorabooth.pocket.vae import psnr_db, reconstruct
+from lorabooth.rng import generator_for, seed_for
+
+JUDGE_SCENES = 12_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How samples are drawn.
+
+    Attributes:
+        steps: DPM-Solver++ steps.
+        guidance: classifier-free guidance scale.
+        batch: samples at once.
+        seed: one noise a sample is drawn from it.
+    """
+
+    steps: int = 20
+    guidance: float = 4.0
+    batch: int = 50
+    seed: int = 0
+
+
+def held_out_scenes(count: int, seed: int) -> list[Scene]:
+    """Upright, bare photos of combinations of class, place, colour and pattern that training never saw."""
+    drawn = (scene_at(seed, "held-out", index) for index in range(count))
+    return [replace(scene, style="photo", accessory="none", pose="upright") for scene in drawn]
+
+
+def train_judge(work: Path, vae: AutoencoderKL, seconds: float, seed: int) -> Judge:
+    """The judge of a work folder, trained there if it is not yet.
+
+    Args:
+        work: judge.safetensors and the judge's renderings are kept here.
+        vae: half of the judge's pictures go through it, so that it reads samples too.
+        seconds: training time.
+        seed: of renderings and weights.
+    """
+    data = rendered(seed, "judge", JUDGE_SCENES, work / "judge.npy")
+    torch.manual_seed(seed_for(seed, 0, 0, "judge") % 2**31)
+    judge = Judge()
+    losses = judging.judge_losses(judge, vae, data.images, judging.label_table(data.scenes), seed)
+    budget = Budget(seconds, min_steps=2)
+    task = Task(
+        "judge", judge, losses, judging.HYPER, budget, work / "judge.safetensors", work / "judge.jsonl", 60.0
+    )
+    judge.load_state_dict(train(task))
+    return judge.eval()
+
+
+@torch.no_grad()
+def sample_pixels(pipeline: StableDiffusionPipeline, prompts: Sequence[str], sampling: Sampling) -> Tensor:
+    """A picture a prompt: float32 [N,3,64,64] in [-1, 1] on the CPU."""
+    parts: list[Tensor] = []
+    size = pipeline.unet.config.sample_size
+    channels = pipeline.unet.config.in_channels
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    for start in range(0, len(prompts), sampling.batch):
+        chunk = list(prompts[start : start + sampling.batch])
+        noise = [
+            torch.randn(
+                (channels, size, size), generator=generator_for(sampling.seed, 0, 0, "sample", start + i)
+            )
+            for i in range(len(chunk))
+        ]
+        images: np.ndarray[Any, Any] = pipeline(
+            chunk,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            latents=torch.stack(noise).to(pipeline.unet.device, pipeline.unet.dtype),
+            output_type="np",
+        ).images
+        parts.append(torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1)
+    return torch.cat(parts)
+
+
+def accuracy(
+    pipeline: StableDiffusionPipeline, judge: Judge, scenes: Sequence[Scene], sampling: Sampling
+) -> tuple[dict[str, Share], Tensor]:
+    """How often class, place and colour of samples are those of the prompt, and the samples."""
+    pixels = sample_pixels(pipeline, [full_caption(scene) for scene in scenes], sampling)
+    return judging.agreement(judge, pixels, scenes), pixels
+
+
+def judge_quality(judge: Judge, vae: AutoencoderKL, seed: int, count: int = 500) -> dict[str, Any]:
+    """The judge's own accuracy on held-out renderings, plain and through the autoencoder, and the latter's PSNR."""
+    data = rendered(seed, "held-out", count)
+    photos = [i for i, scene in enumerate(data.scenes) if scene.style == "photo"]
+    images, scenes = data.images[photos], [data.scenes[i] for i in photos]
+    through = reconstruct(vae, images, torch.device("cpu"))
+    clean = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return {
+        "clean": judging.agreement(judge, clean, scenes),
+        "through_vae": judging.agreement(judge, through, scenes),
+        "vae_psnr_db": psnr_db(through, images),
+    }
+
+
+def grid(pixels_NCHW: Tensor, columns: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Pictures in [-1, 1] in rows of `columns`: uint8 [rows*64, columns*64, 3]."""
+    tiles = ((pixels_NCHW + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    rows = [
+        np.concatenate(list(tiles[i : i + columns]), axis=1)
+        for i in range(0, len(tiles) - columns + 1, columns)
+    ]
+    return np.concatenate(rows, axis=0)
