@@ -2,8 +2,8 @@
 
     python benchmarks/pocket_base.py --work BUILD_WORK_FOLDER
 
-Writes benchmarks/results/pocket_base.json and, with --card, the model's card beside its weights. The judges are trained
-on renderings in the work folder if they are not there yet (about five minutes on two cores).
+Writes benchmarks/results/pocket_base.json and, with --card, the model's card beside its weights. The judge is
+trained on renderings in the work folder if it is not there yet (about five minutes on two cores).
 """
 
 from __future__ import annotations

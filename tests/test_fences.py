@@ -21,8 +21,6 @@ PICKLING = {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
 FORBIDDEN_CALLS = {
     "torch.load",
     "torch.save",
-    "numpy.load",
-    "np.load",
     "eval",
     "exec",
     "os.system",

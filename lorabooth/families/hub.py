@@ -83,7 +83,9 @@ def get(repo: str, revision: str, online: bool, reporter: Reporter) -> tuple[Pat
     except network_errors() as error:
         cached = _from_cache(repo, revision)
         if cached is None:
-            raise _not_cached(repo, revision, f"the hub cannot be reached: {type(error).__name__}") from error
+            raise _not_cached(
+                repo, revision, f"getting it failed: {type(error).__name__}: {str(error)[:120]}"
+            ) from error
         reporter.warn(
             f"The hub cannot be reached; {repo} is taken from the local cache, commit {cached[1][:10]}."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -193,9 +193,3 @@ def _try(
         for parameter in trained:
             parameter.grad = None
     return ""
-
-
-def trainable(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    """Parameters that need a gradient."""
-    for module in modules:
-        yield from (p for p in module.parameters() if p.requires_grad)

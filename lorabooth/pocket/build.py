@@ -1,4 +1,4 @@
-"""How the embedded base model is made: render, then train tokenizer, CLIP, autoencoder and denoiser, and export.
+"""How the embedded base model is made: render, train tokenizer, autoencoder, CLIP and denoiser, export.
 
 Every phase keeps its state in the work folder; a build that was interrupted goes on where it was.
 """

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorabooth.pocket import clip, scenes, unet, vae
+from lorabooth.pocket import clip, scenes, unet, vae, vocabulary
 
 _HEADER = """---
 license: apache-2.0
@@ -16,9 +16,10 @@ pipeline_tag: text-to-image
 # The pocket base
 
 A complete `StableDiffusionPipeline` for 64 x 64 pictures in {size_mb:.1f} MB of half precision, trained by
-`lorabooth pocket build` on scenes that the project renders itself. It exists so that the demo, the tests and the
-evaluation are real without a download. It knows {class_count} classes, {colour_count} colours, {pattern_count} patterns,
-{place_count} places, {style_count} styles, {accessory_count} accessories and {pose_count} poses, and nothing else.
+`lorabooth pocket build` on scenes that the project renders itself. It exists so that the demo, the tests and
+the evaluation are real without a download. It knows {class_count} classes, {colour_count} colours,
+{pattern_count} patterns, {place_count} places, {style_count} styles, {accessory_count} accessories and
+{pose_count} poses, and nothing else.
 
 Classes: {classes}. Places: {places}.
 """
@@ -32,7 +33,8 @@ from diffusers import StableDiffusionPipeline
 from lorabooth.pocket.base import pocket_dir
 
 pipeline = StableDiffusionPipeline.from_pretrained(pocket_dir(), torch_dtype=torch.float32)
-image = pipeline("a photo of a red striped mug on the beach", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+prompt = "a photo of a red striped mug on the beach"
+image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
 ```
 
 v-prediction on Stable Diffusion's schedule. `clip/` holds the image half of the text encoder's CLIP
@@ -53,9 +55,9 @@ def _quality(figures: Mapping[str, Any]) -> str:
     return f"""
 ## Quality
 
-{figures["sample_count"]} samples of prompts whose combination of class, place, colour and pattern is not in the training
-data, read by classifiers trained on renderings; DPM-Solver++, {figures["steps"]} steps, guidance {figures["guidance"]}.
-In brackets the 95 % Wilson interval.
+{figures["sample_count"]} samples of prompts whose combination of class, place, colour and pattern is not in
+the training data, read by classifiers trained on renderings; DPM-Solver++, {figures["steps"]} steps, guidance
+{figures["guidance"]}. In brackets the 95 % Wilson interval.
 
 | attribute | samples | aimed at | the classifier on held-out renderings, through the autoencoder |
 |---|---|---|---|
@@ -80,12 +82,12 @@ Parameters: {sizes}. Seed {build["seed"]}, {build["scenes"]} renderings, device 
 |---|---|---|---|---|
 {phases}
 
-AdamW in bfloat16 autocast, cosine schedule over the time, moving average of the weights in every phase. Autoencoder:
-{vae.LATENT_CHANNELS} x 16 x 16 latents, absolute and squared error, edges, random features. CLIP: contrast, and a reading
-of every token from its own output. Denoiser: v-prediction, min-SNR weights with gamma {unet.SNR_GAMMA:.0f} and at least
-{unet.LEAST_WEIGHT}, captions empty in {unet.CAPTION_DROPOUT:.0%}; a rare identifier stands before the noun phrase in 12 %
-of the captions, so that an unknown word is a neutral modifier. The text encoder is frozen while the denoiser trains
-(width {clip.TEXT_WIDTH}).
+AdamW in bfloat16 autocast, cosine schedule over the time, moving average of the weights in every phase.
+Autoencoder: {vae.LATENT_CHANNELS} x 16 x 16 latents, absolute and squared error, edges, random features. CLIP:
+contrast, and a reading of every token from its own output. Denoiser: v-prediction, min-SNR weights with gamma
+{unet.SNR_GAMMA:.0f} and at least {unet.LEAST_WEIGHT}, captions empty in {unet.CAPTION_DROPOUT:.0%}; a rare
+identifier stands before the noun phrase in {vocabulary.IDENTIFIER_SHARE:.0%} of the captions, so that an unknown
+word is a neutral modifier. The text encoder (width {clip.TEXT_WIDTH}) is frozen while the denoiser trains.
 {build["notes"]}
 Made by `benchmarks/pocket_base.py` at commit {build["commit"]}; torch {build["versions"]["torch"]},
 diffusers {build["versions"]["diffusers"]}, transformers {build["versions"]["transformers"]}.

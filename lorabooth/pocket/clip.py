@@ -1,4 +1,4 @@
-"""The pocket base's CLIP: a text half that conditions the denoiser, and an image half that scores pictures."""
+"""The pocket base's CLIP: a text half that conditions the denoiser, an image half that scores pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -64,7 +64,7 @@ def text_half(clip: CLIPModel) -> CLIPTextModel:
 
 
 def save_clip_rest(clip: CLIPModel, folder: Path) -> None:
-    """Write what the pipeline's text encoder lacks, in half precision: image half, projections, temperature."""
+    """Write what the text encoder lacks, in half precision: image half, projections, temperature."""
     folder.mkdir(parents=True, exist_ok=True)
     clip.config.save_pretrained(folder)
     rest = {
@@ -104,8 +104,8 @@ def clip_losses(
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """The losses of a step: CLIP's contrast, and a reading of every token from its own output.
 
-    The second keeps words in the per-token outputs that the denoiser attends to; the contrast alone trains only what
-    flows to the end token. Pictures with the same caption are not told apart.
+    The second keeps words in the per-token outputs that the denoiser attends to; the contrast alone trains only
+    what flows to the end token. Pictures with the same caption are not told apart.
     """
     names = identifiers()
 

@@ -1,4 +1,4 @@
-"""Scenes as training data: picture i and its scene are functions of (seed, i), the pixels are kept on disk."""
+"""Scenes as training data: picture i and its scene are functions of (seed, i); pixels are kept on disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def is_held_out(scene: scenes.Scene) -> bool:
 
 
 def scene_at(seed: int, purpose: str, index: int) -> scenes.Scene:
-    """Scene `index` of the stream (seed, purpose); "train" skips what is held out, "held-out" is only that."""
+    """Scene `index` of a stream; "train" skips what is held out, "held-out" is nothing else."""
     rng = np.random.default_rng(seed_for(seed, 0, 0, f"scene/{purpose}", index))
     while True:
         scene = scenes.sample_scene(rng)

@@ -61,7 +61,7 @@ def write_folder(pipeline: StableDiffusionPipeline, clip: CLIPModel, folder: Pat
 
 
 def _load_as_float32(config_file: Path) -> None:
-    """Name float32 in a config: transformers loads what is named there, diffusers always float32 by default."""
+    """Name float32 in a config: transformers loads what is named there, diffusers float32 by default."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["dtype"] = "float32"
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

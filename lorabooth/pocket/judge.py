@@ -1,4 +1,4 @@
-"""Classifiers of class, place and colour that measure the pocket base; trained on renderings, never shipped."""
+"""A classifier of class, place and colour that measures the pocket base; learned on renderings, not shipped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def label_table(scenes: Sequence[Scene]) -> dict[str, Tensor]:
 def judge_losses(
     judge: Judge, vae: AutoencoderKL, images: NDArray[np.uint8], labels: Mapping[str, Tensor], seed: int
 ) -> Callable[[int], Mapping[str, Tensor]]:
-    """The losses of a step: cross-entropy of all heads on pictures, half of them through the autoencoder, some noisy."""
+    """The losses of a step: cross-entropy of all heads, half the pictures through the autoencoder, all a bit noisy."""
     device = next(judge.parameters()).device
 
     def losses(step: int) -> Mapping[str, Tensor]:
@@ -126,7 +126,7 @@ class Share:
 
 
 def share(right: int, total: int) -> Share:
-    """`right` of `total` with the Wilson score interval (Wilson 1927) at 95 %."""
+    """Return `right` of `total` with the Wilson score interval (Wilson 1927) at 95 %."""
     z, p = 1.959964, right / total
     middle = (p + z * z / (2 * total)) / (1 + z * z / total)
     reach = z / (1 + z * z / total) * float(np.sqrt(p * (1 - p) / total + z * z / (4 * total * total)))

@@ -1,4 +1,4 @@
-"""How good the pocket base is: what a judge reads from samples of held-out prompts, and the autoencoder's PSNR."""
+"""How good the pocket base is: what a judge reads from samples of held-out prompts, and the VAE's PSNR."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def accuracy(
 
 
 def judge_quality(judge: Judge, vae: AutoencoderKL, seed: int, count: int = 500) -> dict[str, Any]:
-    """The judge's own accuracy on held-out renderings, plain and through the autoencoder, and the latter's PSNR."""
+    """The judge's own accuracy on held-out renderings, plain and through the VAE, and the VAE's PSNR."""
     data = rendered(seed, "held-out", count)
     photos = [i for i, scene in enumerate(data.scenes) if scene.style == "photo"]
     images, scenes = data.images[photos], [data.scenes[i] for i in photos]

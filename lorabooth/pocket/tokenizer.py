@@ -18,7 +18,7 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def _merges_of(sentences: Sequence[str], rare_words: Sequence[str]) -> list[tuple[str, str]]:
-    """Merges in order of frequency until every word is whole; a rare word counts once, so its merges come last."""
+    """Merges by frequency until every word is whole; a rare word counts once, so its merges come last."""
     model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     model.normalizer = normalizers.Lowercase()
     model.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,8 +49,8 @@ def train_tokenizer(sentences: Sequence[str], rare_words: Sequence[str]) -> CLIP
         rare_words: identifiers; each becomes one token, with a higher id than any word.
 
     Returns:
-        A `CLIPTokenizer` of at most `CONTEXT_TOKENS` tokens a prompt: 256 bytes, 256 bytes that end a word, the merges,
-        start and end (which also pads), in this order, as in CLIP.
+        A `CLIPTokenizer` of at most `CONTEXT_TOKENS` tokens a prompt: 256 bytes, 256 bytes that end a word, the
+        merges, start and end (which also pads), in this order, as in CLIP.
     """
     from transformers import CLIPTokenizer
 

@@ -71,9 +71,9 @@ class ExplicitAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        temb: Tensor | None = None,  # noqa: ARG002 (diffusers calls every processor with it)
     ) -> Tensor:
-        """Attend from hidden_states [B,N,C] to itself or to encoder_hidden_states [B,M,D]; masks are not supported."""
+        """Attend from hidden_states [B,N,C] to themselves or to encoder_hidden_states [B,M,D]; no masks."""
         if attention_mask is not None:
             raise ValueError("ExplicitAttention has no mask")
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -126,7 +126,8 @@ def unet_losses(
 
     Args:
         unet: the denoiser, in training mode.
-        encoder, tokenizer: the frozen text half.
+        encoder: the frozen text half.
+        tokenizer: its tokenizer.
         latents: [N,8,16,16], scaled to unit deviation.
         scenes: N scenes, from which captions are drawn anew every time.
         device: where it trains.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def make_vae(channels: tuple[int, int, int] = (24, 48, 64)) -> AutoencoderKL:
 
 
 class RandomFeatures(nn.Module):
-    """Fixed random convolutions whose responses tell fine structure apart, a learned-perceptual loss without weights.
+    """Fixed random convolutions whose responses tell fine structure apart: a perceptual loss without training.
 
     Random filters with rectification keep edge and texture energy that a pixel loss averages away.
     """
@@ -120,13 +120,14 @@ def vae_losses(
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, mean_C: Tensor, std_C: Tensor) -> None:
-    """Give every latent channel mean 0 and deviation 1, by folding both into the 1x1 convolutions around the latents.
+    """Give every latent channel mean 0 and deviation 1, by folding both into the 1x1 convolutions around them.
 
     Pictures decode as before; the scaling factor becomes 1.
 
     Args:
         vae: changed in place.
-        mean_C, std_C: [C] of the latents that it gives now.
+        mean_C: [C] means of the latents that it gives now.
+        std_C: [C] their deviations.
     """
     quant, post = vae.quant_conv, vae.post_quant_conv
     post.bias += (post.weight[:, :, 0, 0] * mean_C).sum(dim=1)

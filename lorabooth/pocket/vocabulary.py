@@ -18,8 +18,8 @@ CONTEXT_TOKENS = 32
 _OTHER_SENTENCES = (
     "a drawing of the my your this that one two some toy object thing style picture image photograph sketch",
     "a close up of a big small little new old nice beautiful colourful colorful bright dark shiny",
-    "standing sitting lying in on at with and by near over under behind the sea sand forest city street room table",
-    "a gray grey gold golden silver cyan magenta violet black white hat scarf glasses sunglasses person people dog",
+    "standing sitting lying in on at with and by near over under behind the sea sand forest city street room",
+    "a gray grey gold golden silver cyan magenta violet black white hat scarf glasses sunglasses person dog",
     "a rotated turned tilted upside down upright mirrored flying sleeping smiling",
 )
 
@@ -45,7 +45,7 @@ def identifiers() -> tuple[str, ...]:
 
 
 def corpus(seed: int, captions: int) -> tuple[list[str], tuple[str, ...]]:
-    """Sentences to train the tokenizer on: `captions` drawn captions and the fixed vocabulary, and the identifiers."""
+    """Sentences to train the tokenizer on (drawn captions, the fixed vocabulary), and the identifiers."""
     rng = np.random.default_rng(seed)
     drawn = [scenes.caption(scenes.sample_scene(rng), rng) for _ in range(captions)]
     return drawn + _grammar() * 20 + list(_OTHER_SENTENCES) * 5, identifiers()

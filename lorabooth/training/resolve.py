@@ -53,7 +53,7 @@ def resolve(
         find_token: subject's index -> (rare identifier, reason), looked up in the base's tokenizer.
 
     Returns:
-        The recipe with values, and the list of choices in the recipe's order.
+        The recipe with values (keys that mean nothing here stay "auto"), and the list of choices.
     """
     choices: list[Choice] = []
 
@@ -72,30 +72,28 @@ def resolve(
     )
     subjects = _subjects(recipe.subjects, find_token, choices)
     rank = pick("adapter.rank", recipe.adapter.rank, defaults.rank, by_family)
-    adapter = recipe.adapter.model_copy(
-        update={
-            "rank": rank,
-            "alpha": pick(
-                "adapter.alpha", recipe.adapter.alpha, float(rank), "alpha = rank: scale 1 in every reader"
-            ),
-            "text_encoder_rank": pick(
-                "adapter.text_encoder_rank", recipe.adapter.text_encoder_rank, rank, "same as adapter.rank"
-            ),
-        }
-    )
-    lr = pick("optim.lr", recipe.optim.lr, defaults.learning_rate, by_family)
-    optim = recipe.optim.model_copy(
-        update={
-            "lr": lr,
-            "text_encoder_lr": pick(
-                "optim.text_encoder_lr",
-                recipe.optim.text_encoder_lr,
-                defaults.text_encoder_learning_rate,
-                by_family,
-            ),
-            "steps": pick("optim.steps", recipe.optim.steps, defaults.steps, by_family),
-        }
-    )
+    adapter_update = {
+        "rank": rank,
+        "alpha": pick(
+            "adapter.alpha", recipe.adapter.alpha, float(rank), "alpha = rank: scale 1 in every reader"
+        ),
+    }
+    optim_update = {
+        "lr": pick("optim.lr", recipe.optim.lr, defaults.learning_rate, by_family),
+        "steps": pick("optim.steps", recipe.optim.steps, defaults.steps, by_family),
+    }
+    if recipe.adapter.text_encoder:  # otherwise these keys mean nothing and stay "auto"
+        adapter_update["text_encoder_rank"] = pick(
+            "adapter.text_encoder_rank", recipe.adapter.text_encoder_rank, rank, "same as adapter.rank"
+        )
+        optim_update["text_encoder_lr"] = pick(
+            "optim.text_encoder_lr",
+            recipe.optim.text_encoder_lr,
+            defaults.text_encoder_learning_rate,
+            by_family,
+        )
+    adapter = recipe.adapter.model_copy(update=adapter_update)
+    optim = recipe.optim.model_copy(update=optim_update)
     first = subjects[0]
     prior_prompt = class_prompt(first.template, first.noun)
     prior = recipe.prior.model_copy(

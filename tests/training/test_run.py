@@ -59,7 +59,9 @@ def test_every_prior_mode_trains_what_it_says(
     if mode == "distill":
         assert lines[0]["loss_prior"] == pytest.approx(0, abs=1e-9), "an untrained adapter is its own teacher"
         assert lines[-1]["loss_prior"] > 0
-    components = {name.split(".")[0] for name in adapter_file.read(tmp_path / "run/adapter.safetensors").tensors}
+    components = {
+        name.split(".")[0] for name in adapter_file.read(tmp_path / "run/adapter.safetensors").tensors
+    }
     assert components == ({"denoiser", "text_encoder"} if text_encoder else {"denoiser"})
 
 
@@ -105,7 +107,9 @@ def test_buckets_and_flips_train(tiny_sd: Path, photos: Path, tmp_path: Path) ->
 def test_half_precision_trains_a_float32_adapter(
     tiny_sd: Path, photos: Path, tmp_path: Path, precision: str
 ) -> None:
-    runs.train(tiny_sd, photos, tmp_path / "run", f"memory.precision={precision}", "memory.checkpointing=true")
+    runs.train(
+        tiny_sd, photos, tmp_path / "run", f"memory.precision={precision}", "memory.checkpointing=true"
+    )
     tensors = adapter_file.read(tmp_path / "run/adapter.safetensors").tensors
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert any(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith("lora_B"))
@@ -133,9 +137,7 @@ def test_another_recipes_run_is_refused_and_untouched(tiny_sd: Path, photos: Pat
     with pytest.raises(RecipeError, match=r"adapter\.rank: 4 there, 8 now"):
         runs.train(tiny_sd, photos, tmp_path / "run", "adapter.rank=8")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    beside = lorabooth.train(
-        runs.recipe(tiny_sd, photos, "adapter.rank=8"), out=tmp_path / "run", fresh=True
-    )
+    beside = lorabooth.train(runs.recipe(tiny_sd, photos, "adapter.rank=8"), out=tmp_path / "run", fresh=True)
     assert beside.out == tmp_path / "run-2"
 
 
