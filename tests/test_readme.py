@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,15 +37,15 @@ def commands() -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the README supposes it."""
     home = tmp_path_factory.mktemp("home")
     make_sd_folder(home / "models" / "sd15")
     make_photos(home / "photos" / "dog")
     shutil.copytree(ROOT / "recipes", home / "recipes")
-    demo = ROOT / "lorabooth" / "pocket" / "demo" / "photos"
-    shutil.copytree(demo, home / "recipes" / "photos", dirs_exist_ok=True)
-    yield home
+    demo = Path("lorabooth/pocket/demo/photos")
+    shutil.copytree(ROOT / demo, home / demo)
+    return home
 
 
 def run(command: list[str], home: Path) -> subprocess.CompletedProcess[str]:

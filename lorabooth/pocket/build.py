@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import safe_open
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from lorabooth.errors import RecipeError
 from lorabooth.pocket import clip as clip_phase
@@ -42,6 +42,7 @@ from lorabooth.pocket.vocabulary import corpus
 from lorabooth.rng import seed_for
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from transformers import CLIPModel
 
 VAE_SHARE, CLIP_SHARE = 0.13, 0.06
@@ -80,6 +81,11 @@ class BuildPlan:
         return self.minutes * 60.0 * shares[phase]
 
     @property
+    def world(self) -> int:
+        """How many processes train together."""
+        return self.processes if self.device == "cpu" else 1
+
+    @property
     def log_file(self) -> Path:
         """The build's log, JSON lines."""
         return self.work / "log.jsonl"
@@ -93,7 +99,7 @@ class BuildPlan:
 class Parts:
     """What is trained before the denoiser, in evaluation mode on the CPU."""
 
-    vae: vae_phase.AutoencoderKL
+    vae: AutoencoderKL
     clip: CLIPModel
 
 
@@ -166,12 +172,12 @@ def _exporter(plan: BuildPlan) -> Callable[[dict[str, Tensor], int, float], None
 
 
 def _worker(rank: int, plan: BuildPlan, phase: str, meeting: str) -> None:
-    shard = Shard(rank, plan.processes)
-    if plan.processes > 1:
+    shard = Shard(rank, plan.world)
+    if plan.world > 1:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=plan.processes)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=plan.world)
     train(_task(plan, phase, shard))
-    if plan.processes > 1:
+    if plan.world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
@@ -183,11 +189,13 @@ def _train_phase(plan: BuildPlan, phase: str) -> None:
         if Budget(plan.seconds(phase), plan.min_steps).progress(info["step"], info["elapsed_s"]) >= 1.0:
             return
     _begin(plan, phase)
-    if plan.processes <= 1 or plan.device != "cpu":
+    if plan.world == 1:
         _worker(0, plan, phase, "")
         return
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (plan, phase, str(Path(folder) / "meeting")), nprocs=plan.processes)
+        start_processes(  # type: ignore[no-untyped-call]
+            _worker, (plan, phase, str(Path(folder) / "meeting")), nprocs=plan.world, start_method="spawn"
+        )
 
 
 def load_parts(plan: BuildPlan) -> Parts:

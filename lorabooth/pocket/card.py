@@ -83,11 +83,12 @@ Parameters: {sizes}. Seed {build["seed"]}, {build["scenes"]} renderings, device 
 {phases}
 
 AdamW in bfloat16 autocast, cosine schedule over the time, moving average of the weights in every phase.
-Autoencoder: {vae.LATENT_CHANNELS} x 16 x 16 latents, absolute and squared error, edges, random features. CLIP:
-contrast, and a reading of every token from its own output. Denoiser: v-prediction, min-SNR weights with gamma
-{unet.SNR_GAMMA:.0f} and at least {unet.LEAST_WEIGHT}, captions empty in {unet.CAPTION_DROPOUT:.0%}; a rare
-identifier stands before the noun phrase in {vocabulary.IDENTIFIER_SHARE:.0%} of the captions, so that an unknown
-word is a neutral modifier. The text encoder (width {clip.TEXT_WIDTH}) is frozen while the denoiser trains.
+Autoencoder: {vae.LATENT_CHANNELS} x 16 x 16 latents, absolute and squared error, edges, random features.
+CLIP: contrast, and a reading of every token from its own output. Denoiser: v-prediction, min-SNR weights
+with gamma {unet.SNR_GAMMA:.0f} and at least {unet.LEAST_WEIGHT}, captions empty in
+{unet.CAPTION_DROPOUT:.0%}; a rare identifier stands before the noun phrase in
+{vocabulary.IDENTIFIER_SHARE:.0%} of the captions, so that an unknown word is a neutral modifier.
+The text encoder (width {clip.TEXT_WIDTH}) is frozen while the denoiser trains.
 {build["notes"]}
 Made by `benchmarks/pocket_base.py` at commit {build["commit"]}; torch {build["versions"]["torch"]},
 diffusers {build["versions"]["diffusers"]}, transformers {build["versions"]["transformers"]}.

@@ -104,8 +104,8 @@ def clip_losses(
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """The losses of a step: CLIP's contrast, and a reading of every token from its own output.
 
-    The second keeps words in the per-token outputs that the denoiser attends to; the contrast alone trains only
-    what flows to the end token. Pictures with the same caption are not told apart.
+    The second keeps words in the per-token outputs that the denoiser attends to; the contrast alone trains
+    only what flows to the end token. Pictures with the same caption are not told apart.
     """
     names = identifiers()
 

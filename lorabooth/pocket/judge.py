@@ -1,4 +1,4 @@
-"""A classifier of class, place and colour that measures the pocket base; learned on renderings, not shipped."""
+"""A classifier of class, place and colour that measures the pocket base; it is not shipped."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def label_table(scenes: Sequence[Scene]) -> dict[str, Tensor]:
 def judge_losses(
     judge: Judge, vae: AutoencoderKL, images: NDArray[np.uint8], labels: Mapping[str, Tensor], seed: int
 ) -> Callable[[int], Mapping[str, Tensor]]:
-    """The losses of a step: cross-entropy of all heads, half the pictures through the autoencoder, all a bit noisy."""
+    """The losses of a step: cross-entropy of all heads; half the pictures went through the autoencoder."""
     device = next(judge.parameters()).device
 
     def losses(step: int) -> Mapping[str, Tensor]:
@@ -98,7 +98,7 @@ def judge_losses(
 def judged(judge: Judge, pixels_NCHW: Tensor) -> dict[str, list[str]]:
     """What the judge reads from pictures in [-1, 1]: a value a picture and head."""
     device = next(judge.parameters()).device
-    logits = [judge(part.to(device)) for part in pixels_NCHW.split(100)]
+    logits = [judge(part.to(device)) for part in torch.split(pixels_NCHW, 100)]
     return {
         name: [values[i] for part in logits for i in part[name].argmax(dim=1).tolist()]
         for name, values in HEADS.items()
@@ -121,12 +121,12 @@ class Share:
 
     @property
     def value(self) -> float:
-        """right / total."""
+        """The share itself, in [0, 1]."""
         return self.right / self.total
 
 
 def share(right: int, total: int) -> Share:
-    """Return `right` of `total` with the Wilson score interval (Wilson 1927) at 95 %."""
+    """The share `right` of `total` with the Wilson score interval (Wilson 1927) at 95 %."""
     z, p = 1.959964, right / total
     middle = (p + z * z / (2 * total)) / (1 + z * z / total)
     reach = z / (1 + z * z / total) * float(np.sqrt(p * (1 - p) / total + z * z / (4 * total * total)))

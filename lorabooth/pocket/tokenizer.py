@@ -49,8 +49,8 @@ def train_tokenizer(sentences: Sequence[str], rare_words: Sequence[str]) -> CLIP
         rare_words: identifiers; each becomes one token, with a higher id than any word.
 
     Returns:
-        A `CLIPTokenizer` of at most `CONTEXT_TOKENS` tokens a prompt: 256 bytes, 256 bytes that end a word, the
-        merges, start and end (which also pads), in this order, as in CLIP.
+        A `CLIPTokenizer` of at most `CONTEXT_TOKENS` tokens a prompt: 256 bytes, 256 bytes that end a word,
+        the merges, start and end (which also pads), in this order, as in CLIP.
     """
     from transformers import CLIPTokenizer
 

@@ -1,11 +1,11 @@
 """One loop for every network of the pocket base: schedule by progress, EMA, resumable state, log lines.
 
-On a CPU the build runs one single-threaded process a core and averages gradients between them: as fast as threads
-on a free machine, and several times faster where other work runs too, because no thread spins at barriers inside an
-operator.
+On a CPU the build runs one single-threaded process a core and averages gradients between them: as fast as
+threads on a free machine, and several times faster where other work runs too, because no thread spins at
+barriers inside an operator.
 
-The learning rate is a function of progress (the share of the phase's time or steps that is used up), so a phase
-that was killed goes on where it was, and a phase that is given more time stretches its schedule.
+The learning rate is a function of progress (the share of the phase's time or steps that is used up), so a
+phase that was killed goes on where it was, and a phase that is given more time stretches its schedule.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class _Means:
 
 
 def _average(parameters: Sequence[nn.Parameter], elapsed_s: float, shard: Shard) -> float:
-    """Average the gradients over the processes; return the first one's clock, so that all agree on progress."""
+    """Average the gradients over the processes; return the first one's clock, on which all agree."""
     if shard.world == 1:
         return elapsed_s
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -268,8 +268,8 @@ def train(task: Task) -> dict[str, Tensor]:
         task: the phase.
 
     Returns:
-        The moving average of the weights, on the module's device (of the first process; the others have none).
-        The module itself ends at its last step.
+        The moving average of the weights, on the module's device (of the first process; the others have
+        none). The module itself ends at its last step.
 
     Raises:
         TrainingError: a gradient is not finite.

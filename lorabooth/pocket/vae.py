@@ -36,14 +36,18 @@ def make_vae(channels: tuple[int, int, int] = (24, 48, 64)) -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=64,
         mid_block_add_attention=False,
+        scaling_factor=1.0,
     )
 
 
 class RandomFeatures(nn.Module):
-    """Fixed random convolutions whose responses tell fine structure apart: a perceptual loss without training.
+    """Fixed random convolutions that tell fine structure apart: a perceptual loss without training.
 
     Random filters with rectification keep edge and texture energy that a pixel loss averages away.
     """
+
+    filters_0: Tensor
+    filters_1: Tensor
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -120,9 +124,9 @@ def vae_losses(
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, mean_C: Tensor, std_C: Tensor) -> None:
-    """Give every latent channel mean 0 and deviation 1, by folding both into the 1x1 convolutions around them.
+    """Give every latent channel mean 0 and deviation 1, by folding both into the 1x1 convolutions.
 
-    Pictures decode as before; the scaling factor becomes 1.
+    Pictures decode as before; a scaling factor of 1 is then right.
 
     Args:
         vae: changed in place.
@@ -136,7 +140,6 @@ def standardise(vae: AutoencoderKL, mean_C: Tensor, std_C: Tensor) -> None:
     quant.weight[:channels] /= std_C[:, None, None, None]
     quant.bias[:channels] = (quant.bias[:channels] - mean_C) / std_C
     quant.bias[channels:] -= 2 * torch.log(std_C)
-    vae.register_to_config(scaling_factor=1.0)
 
 
 @torch.no_grad()

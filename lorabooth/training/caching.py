@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lorabooth.data.cache import Store
 from lorabooth.data.encode import LatentIndex, cache_latents, cache_texts
 from lorabooth.families.base import Family, Parts
+from lorabooth.families.source import weights_digest
 from lorabooth.progress import Reporter
 from lorabooth.recipe import ImagesSection, Recipe
 from lorabooth.training.setting import Setting
@@ -54,7 +55,6 @@ def encode_examples(
 
     Class images are cut as a plain square: flips and random crops are for the few photos of a subject.
     """
-    encoder_id = f"{parts.source.family}/{parts.source.sha256}"
     resolution_px = int(recipe.images.resolution)
 
     def latents(records: Sequence[Record], images: ImagesSection) -> LatentIndex:
@@ -62,7 +62,7 @@ def encode_examples(
             store,
             records,
             encode=lambda pixels: family.encode_images(parts, pixels),
-            encoder_id=f"{encoder_id}/vae/fp32",
+            encoder_id=f"vae/{weights_digest(parts.source, 'vae')}/fp32",
             images=images,
             resolution_px=resolution_px,
             multiple_px=family.resolution_multiple_px(parts),
@@ -87,7 +87,7 @@ def encode_examples(
             store,
             prompts,
             encode=lambda some: family.encode_prompts(parts, some),
-            encoder_id=f"{encoder_id}/text/{recipe.model.dtype}",
+            encoder_id=f"text/{weights_digest(parts.source, 'text_encoder')}/{recipe.model.dtype}",
             reporter=reporter,
         ).conds
     reporter.say(f"latents: {index.computed} encoded, {index.reused} from the cache")
