@@ -76,10 +76,9 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
         json.dumps({word: index for index, word in enumerate(words)}), encoding="utf-8"
     )
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(
+    return CLIPTokenizer(
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77
     )
-    return tokenizer
 
 
 def make_photos(folder: Path, count: int, side_px: int) -> None:

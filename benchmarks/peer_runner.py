@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+import itertools
 import json
 import random
 import resource
@@ -33,7 +34,7 @@ class _InterpolationMode(enum.Enum):
     LANCZOS = "lanczos"
 
 
-def _resize(size: int, interpolation: Any = None) -> Any:
+def _resize(size: int, interpolation: Any = None) -> Any:  # noqa: ARG001 - torchvision's signature
     def apply(image: Image.Image) -> Image.Image:
         scale = size / min(image.size)
         return image.resize(
@@ -108,7 +109,7 @@ def main() -> None:
         runpy.run_path(str(script), run_name="__main__")
     finally:
         facts = {
-            "step_s": [b - a for a, b in zip(ended_s, ended_s[1:], strict=False)],
+            "step_s": [b - a for a, b in itertools.pairwise(ended_s)],
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "torchvision_stand_in": stand_in,
         }

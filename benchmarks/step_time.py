@@ -119,7 +119,7 @@ def run_peer(script: Path, work: Path, round_: int, steps: int, resolution: int)
 
 
 def unet_alone(work: Path, steps: int, resolution: int) -> list[float]:
-    """Forward and backward of the bare UNet on a batch of two, inputs requiring gradient at the first attention."""
+    """Forward and backward of the bare UNet with a rank-4 adapter, on a batch of two."""
     import torch
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig

@@ -61,7 +61,7 @@ class TrainingError(LoraboothError):
     exit_code = 7
 
 
-class Interrupted(LoraboothError):
+class InterruptedRunError(LoraboothError):
     """The user or the system asked the run to stop; its state is saved and it can go on."""
 
     exit_code = 130

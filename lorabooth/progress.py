@@ -43,7 +43,7 @@ class Silent:
     """A reporter that says nothing; warnings go to `logging` under "lorabooth"."""
 
     @contextmanager
-    def task(self, label: str, total: int, unit: str = "it", start: int = 0) -> Iterator[Task]:
+    def task(self, label: str, total: int, unit: str = "it", start: int = 0) -> Iterator[Task]:  # noqa: ARG002
         """Work without a bar."""
         yield _SilentTask()
 

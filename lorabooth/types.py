@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Cond: TypeAlias = "Mapping[str, Tensor]"
-"""What a denoiser is told besides the noisy latents: named tensors. Unbatched (one prompt) or collated [B, ...]."""
+"""What a denoiser is told besides the noisy latents: named tensors, of one prompt or collated [B, ...]."""
 
 
 class Role(StrEnum):
@@ -85,8 +85,8 @@ class Batch:
         weight: [B] float32, 1 for the subject's examples, lambda for class examples.
         is_instance: [B] bool.
         record_ids: B stable ids, for logs and diagnoses.
-        positions: B positions of the examples within the optimizer step (0-based, over ranks and accumulation);
-            noise and timesteps are functions of (seed, step, position).
+        positions: B positions of the examples within the optimizer step (0-based, over ranks and
+            accumulation); noise and timesteps are functions of (seed, step, position).
     """
 
     latents: Tensor

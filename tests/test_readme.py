@@ -1,7 +1,7 @@
 """Every command and every Python block of the README runs, in order, as a new user would type them.
 
-What the README supposes (a checkpoint in models/sd15, photos in photos/dog) is put there: a tiny base. Steps and
-class images are cut down by overrides; nothing else is changed.
+What the README supposes (a checkpoint in models/sd15, photos in photos/dog) is put there: a tiny base.
+Steps and class images are cut down by overrides; nothing else is changed.
 """
 
 from __future__ import annotations

@@ -68,6 +68,10 @@ class Attached:
             for weight in _factors(layer, self.name)
         ]
 
+    def up_weights(self) -> list[nn.Parameter]:
+        """The lora_B of every module: zero until the adapter has learned something."""
+        return self.parameters()[1::2]
+
     @property
     def components(self) -> tuple[str, ...]:
         """Canonical names of the components that it sits on."""

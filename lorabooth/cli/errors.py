@@ -11,7 +11,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from lorabooth.errors import Interrupted, LoraboothError, OutOfMemoryError, RecipeError
+from lorabooth.errors import InterruptedRunError, LoraboothError, OutOfMemoryError, RecipeError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +36,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
                 raise
             _fail(error)
         except KeyboardInterrupt:
-            _fail(Interrupted("interrupted"))
+            _fail(InterruptedRunError("interrupted"))
         except BrokenPipeError:
             # The reader of our output went away (`| head`); the rest of it has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

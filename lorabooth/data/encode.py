@@ -105,6 +105,7 @@ def cache_latents(
     multiple_px: int,
     seed: int,
     batch_size: int = 1,
+    label: str = "Encoding photos",
     reporter: Reporter | None = None,
 ) -> LatentIndex:
     """Moments of every photo in every variant, from the store where it has them.
@@ -122,6 +123,7 @@ def cache_latents(
         multiple_px: what sides must be a multiple of.
         seed: the run's.
         batch_size: photos encoded at once, at most.
+        label: of the progress bar.
         reporter: progress and warnings; silent by default.
 
     Raises:
@@ -134,7 +136,7 @@ def cache_latents(
     found: dict[Path, list[CachedLatent | None]] = {path: [None] * len(cutting.variants) for path in paths}
     total = len(paths) * len(cutting.variants)
     computed = 0
-    with say.task("encoding photos", total, "photo") as task, torch.no_grad():
+    with say.task(label, total, "photo") as task, torch.no_grad():
         jobs = _missing(store, paths, cutting, found, task, say)
         for batch in _batched(jobs, batch_size):
             for job, latent in zip(batch, _encode(batch, encode), strict=True):
@@ -171,7 +173,7 @@ def cache_texts(
     known = {prompt: store.cond(text_key(prompt, encoder_id), say) for prompt in unique}
     conds: dict[str, Cond] = {prompt: cond for prompt, cond in known.items() if cond is not None}
     missing = [prompt for prompt in unique if prompt not in conds]
-    with say.task("encoding prompts", len(unique), "prompt", start=len(conds)) as task, torch.no_grad():
+    with say.task("Encoding prompts", len(unique), "prompt", start=len(conds)) as task, torch.no_grad():
         for first in range(0, len(missing), _PROMPTS_AT_ONCE):
             part = missing[first : first + _PROMPTS_AT_ONCE]
             for prompt, cond in zip(part, encode(part), strict=True):

@@ -84,7 +84,7 @@ def check(
     problems: list[tuple[Path, str]] = []
     remarks: list[tuple[Path, str]] = []
     paths = list(dict.fromkeys(record.path for record in records))
-    with (reporter or Silent()).task("checking photos", len(paths), "photo") as task:
+    with (reporter or Silent()).task("Checking photos", len(paths), "photo") as task:
         for path in paths:
             try:
                 photo = read(path)

@@ -57,7 +57,7 @@ def encode_examples(
     """
     resolution_px = int(recipe.images.resolution)
 
-    def latents(records: Sequence[Record], images: ImagesSection) -> LatentIndex:
+    def latents(records: Sequence[Record], images: ImagesSection, label: str) -> LatentIndex:
         return cache_latents(
             store,
             records,
@@ -68,16 +68,16 @@ def encode_examples(
             multiple_px=family.resolution_multiple_px(parts),
             seed=recipe.run.seed,
             batch_size=IMAGES_AT_ONCE,
+            label=label,
             reporter=reporter,
         )
 
-    index = latents(instance, recipe.images)
+    index = latents(instance, recipe.images, "Encoding photos")
     photos = {record.path for record in instance}
     drawn = [record for record in classes if record.path not in photos]
     if drawn:
-        index = index.joined(
-            latents(drawn, recipe.images.model_copy(update={"flip": False, "crop": "center"}))
-        )
+        plain = recipe.images.model_copy(update={"flip": False, "crop": "center"})
+        index = index.joined(latents(drawn, plain, "Encoding class images"))
     prompts = [record.caption for record in (*instance, *classes)]
     if recipe.adapter.text_encoder:
         unique = list(dict.fromkeys(prompts))

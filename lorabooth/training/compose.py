@@ -30,6 +30,7 @@ from lorabooth.training.loop import Session, to_device
 from lorabooth.training.setting import Setting
 from lorabooth.training.step import (
     StepParts,
+    Targets,
     cached_condition,
     class_rows,
     distill_targets,
@@ -116,10 +117,7 @@ def attach(setting: Setting, device: torch.device, reporter: Reporter) -> inject
         parts.components(), targets_of(setting.family, recipe), name=ADAPTER_NAME, seed=recipe.run.seed
     )
     dtype = apply.precision(recipe.memory, device).compute
-    choice = set_attention(
-        parts.denoiser, recipe.memory.attention, dtype=dtype, device=device, reporter=reporter
-    )
-    reporter.say(f"attention: {choice.name} ({choice.reason})")
+    set_attention(parts.denoiser, recipe.memory.attention, dtype=dtype, device=device, reporter=reporter)
     if recipe.memory.checkpointing:
         for component in attached.components:
             apply.enable_checkpointing(parts.components()[component])
@@ -151,7 +149,7 @@ def compose(
 
     condition = encode if recipe.adapter.text_encoder else cached_condition
     components = parts.components()
-    targets = path_targets
+    targets: Targets = path_targets
     if recipe.prior.mode == "distill":
         targets = distill_targets(predict, condition, lambda: inject.disabled(components))
     trained = {name: attached.parameters(name) for name in components}
@@ -200,7 +198,7 @@ def compose(
         batches=batches,
         optimizer=optimizer,
         parameters=parameters,
-        up_weights=[layer.lora_B[attached.name].weight for layer in attached.modules.values()],
+        up_weights=attached.up_weights(),
         autocast=lambda: precision.autocast(device),
         randomness=_dropout_randomness(recipe, accelerator) if recipe.adapter.dropout else _no_randomness,
         scaler=precision.scaler(device),

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 
-from lorabooth.errors import Interrupted
+from lorabooth.errors import InterruptedRunError
 from lorabooth.progress import Reporter, Task
 from lorabooth.recipe import OptimSection
 from lorabooth.training import optim
@@ -92,7 +92,7 @@ class Hooks:
     """
 
     checkpoint: Callable[[int], None]
-    preview: Callable[[int], None]
+    preview: Callable[[int], object]
     checkpoint_every: int
     preview_every: int
 
@@ -119,7 +119,7 @@ def run_steps(
     """Run optimizer steps `start` .. `stop - 1`.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
+        InterruptedRunError: SIGINT or SIGTERM came; the step was finished and the state saved.
         TrainingError: the loss stayed non-finite, or there is no space to save.
     """
     log = StepLog()
@@ -149,7 +149,7 @@ def run_steps(
                 if not saved:
                     metrics.sync()
                     hooks.checkpoint(done)
-                raise Interrupted(
+                raise InterruptedRunError(
                     f"interrupted by {signal.Signals(asked[0]).name} after step {done} of {stop}; "
                     "the state is saved.",
                     "The same command again goes on from here.",
@@ -185,7 +185,7 @@ def _one_step(session: Session, step: int) -> tuple[dict[str, Any], bool]:
                     n_instance=session.n_instance,
                     n_class=session.n_class,
                 )
-            session.scaler.scale(terms.total).backward()
+            session.scaler.scale(terms.total).backward()  # type: ignore[no-untyped-call]
             sums += torch.stack([terms.total.detach(), terms.instance.detach(), terms.prior.detach()])
     if session.accelerator.num_processes > 1:
         _sum_over_ranks(session, sums)

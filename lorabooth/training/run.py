@@ -213,7 +213,7 @@ def _train(
         draw(0, adapter=False)
     hooks = Hooks(
         checkpoint=save,
-        preview=lambda step: draw(step) and None,
+        preview=draw,
         checkpoint_every=recipe.run.checkpoint_every,
         preview_every=recipe.run.sample_every,
     )

@@ -17,7 +17,7 @@ from lorabooth.families.release import Released, assert_released, release
 from lorabooth.memory.apply import DTYPES
 from lorabooth.memory.facts import describe_device
 from lorabooth.progress import Reporter
-from lorabooth.recipe import Recipe, check
+from lorabooth.recipe import Recipe, from_mapping
 from lorabooth.training import subjects
 from lorabooth.training.plan import PartFacts
 from lorabooth.training.resolve import Choice, native_precision, resolve
@@ -103,7 +103,8 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
         DataError: photos cannot be used; found before any model is loaded.
         BaseModelError: the base cannot be used.
     """
-    check(recipe)
+    # Checked again, and paths made absolute: a recipe may have been put together in Python.
+    recipe = from_mapping(recipe.model_dump(mode="json"), (), "the recipe")
     device = PartialState().device
     with clock.phase("photos"):
         base = source.resolve(recipe.model.base, revision=recipe.model.revision, family=recipe.model.family)

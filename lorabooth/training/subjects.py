@@ -64,14 +64,12 @@ def subjects_of(recipe: Recipe) -> tuple[Subject, ...]:
     """Fill in the prompts of a recipe whose tokens are resolved."""
     found = []
     for section in recipe.subjects:
-        prior_prompt = recipe.prior.prompt
+        own = recipe.prior.prompt
         found.append(
             Subject(
                 name=f"{section.token} {section.noun}",
                 prompt=instance_prompt(section.template, section.token, section.noun),
-                class_prompt=class_prompt(section.template, section.noun)
-                if prior_prompt == "auto"
-                else prior_prompt,
+                class_prompt=class_prompt(section.template if own == "auto" else own, section.noun),
                 folder=Path(section.images),
                 captions=section.captions,
                 placeholders={"token": section.token, "noun": section.noun},

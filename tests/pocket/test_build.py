@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from lorabooth.errors import RecipeError
 from lorabooth.pocket.build import BuildPlan, build
 from lorabooth.pocket.clip import load_clip
+from lorabooth.pocket.dataset import rendered
 from lorabooth.pocket.trainer import read_state
+from lorabooth.pocket.vae import encode_all
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def test_build_makes_a_pipeline_that_samples(plan: BuildPlan) -> None:
 def test_folder_is_half_precision_and_small(plan: BuildPlan) -> None:
     total = sum(file.stat().st_size for file in plan.out.rglob("*") if file.is_file())
     assert total <= 16_000_000
-    tensors, _ = _tensors(plan.out / "unet" / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(plan.out / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 
 
@@ -52,12 +55,9 @@ def test_latents_are_standardised_and_decode_the_same(plan: BuildPlan) -> None:
     latents = read_state(plan.work / "latents.safetensors")[0]["latents"].float()
     assert vae.config.scaling_factor == 1.0
     assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(latents.shape[1]), atol=0.02)
-    from lorabooth.pocket.dataset import rendered
-    from lorabooth.pocket.vae import encode_all
-
     images = rendered(plan.seed, "train", 4).images
     again = encode_all(vae, images, torch.device("cpu")).float()
-    assert torch.allclose(again, latents[:4], atol=0.15)
+    assert float((again - latents[:4]).abs().mean()) < 0.05
 
 
 def test_finished_build_does_nothing_more(plan: BuildPlan) -> None:
@@ -81,9 +81,3 @@ def test_work_folder_of_another_seed_is_refused(plan: BuildPlan) -> None:
     with pytest.raises(RecipeError, match="another build"):
         build(replace(plan, seed=1))
     assert json.loads((plan.work / "build.json").read_text())["seed"] == 0
-
-
-def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], None]:
-    from safetensors.torch import load_file
-
-    return load_file(file), None
