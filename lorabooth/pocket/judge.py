@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
-from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -69,23 +68,18 @@ def label_table(scenes: Sequence[Scene]) -> dict[str, Tensor]:
 
 
 def judge_losses(
-    judge: Judge, vae: AutoencoderKL, images: NDArray[np.uint8], labels: Mapping[str, Tensor], seed: int
+    judge: Judge, images: NDArray[np.uint8], labels: Mapping[str, Tensor], seed: int
 ) -> Callable[[int], Mapping[str, Tensor]]:
-    """The losses of a step: cross-entropy of all heads; half the pictures went through the autoencoder."""
+    """The losses of a step: cross-entropy of all heads on pictures with a little noise of varied strength."""
     device = next(judge.parameters()).device
 
     def losses(step: int) -> Mapping[str, Tensor]:
         picks = batch_indices(seed, step, "judge", len(images), BATCH)
         generator = generator_for(seed, step, 0, "judge noise")
         pixels = pixels_of(images[picks], device)
+        noise = torch.randn(pixels.shape, generator=generator).to(device)
+        strength = 0.12 * torch.rand((len(picks), 1, 1, 1), generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                half = BATCH // 2
-                means = vae.encode(pixels[:half]).latent_dist.mean
-                means = means + 0.1 * means.std() * torch.randn(means.shape, generator=generator).to(device)
-                pixels = torch.cat([vae.decode(means).sample.float().clamp(-1, 1), pixels[half:]])
-                noise = torch.randn(pixels.shape, generator=generator).to(device)
-                strength = 0.1 * torch.rand((BATCH, 1, 1, 1), generator=generator).to(device)
             logits = judge(pixels + strength * noise)
         index = torch.from_numpy(picks)
         parts = {n: F.cross_entropy(logits[n].float(), labels[n][index].to(device)) for n in HEADS}

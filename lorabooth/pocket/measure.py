@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lorabooth.pocket import judge as judging
@@ -51,20 +52,33 @@ def train_judge(work: Path, vae: AutoencoderKL, seconds: float, seed: int) -> Ju
 
     Args:
         work: judge.safetensors and the judge's renderings are kept here.
-        vae: half of the judge's pictures go through it, so that it reads samples too.
+        vae: the judge's pictures go through it as well, so that it reads samples too.
         seconds: training time.
         seed: of renderings and weights.
     """
     data = rendered(seed, "judge", JUDGE_SCENES, work / "judge.npy")
+    images = np.concatenate([data.images, _through(vae, data.images, work / "judge-vae.npy")])
+    labels = {name: torch.cat([column, column]) for name, column in judging.label_table(data.scenes).items()}
     torch.manual_seed(seed_for(seed, 0, 0, "judge") % 2**31)
     judge = Judge()
-    losses = judging.judge_losses(judge, vae, data.images, judging.label_table(data.scenes), seed)
+    losses = judging.judge_losses(judge, images, labels, seed)
     budget = Budget(seconds, min_steps=2)
     task = Task(
         "judge", judge, losses, judging.HYPER, budget, work / "judge.safetensors", work / "judge.jsonl", 60.0
     )
     judge.load_state_dict(train(task))
     return judge.eval()
+
+
+def _through(vae: AutoencoderKL, images: NDArray[np.uint8], file: Path) -> NDArray[np.uint8]:
+    """The pictures through the autoencoder, kept in `file`."""
+    if file.exists():
+        kept: NDArray[np.uint8] = np.load(file)
+        return kept
+    out = reconstruct(vae, images, torch.device("cpu")).permute(0, 2, 3, 1)
+    result: NDArray[np.uint8] = ((out + 1) * 127.5).round().byte().numpy()
+    np.save(file, result)
+    return result
 
 
 @torch.no_grad()
@@ -82,7 +96,7 @@ def sample_pixels(pipeline: StableDiffusionPipeline, prompts: Sequence[str], sam
             )
             for i in range(len(chunk))
         ]
-        images: np.ndarray[Any, Any] = pipeline(
+        images: NDArray[np.float32] = pipeline(
             chunk,
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance,
@@ -115,7 +129,7 @@ def judge_quality(judge: Judge, vae: AutoencoderKL, seed: int, count: int = 500)
     }
 
 
-def grid(pixels_NCHW: Tensor, columns: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def grid(pixels_NCHW: Tensor, columns: int) -> NDArray[np.uint8]:
     """Pictures in [-1, 1] in rows of `columns`: uint8 [rows*64, columns*64, 3]."""
     tiles = ((pixels_NCHW + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     rows = [

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from lorabooth.adapters import inject
 from lorabooth.data.batches import assemble, plan_step
 from lorabooth.data.images import variants
-from lorabooth.errors import RecipeError
 from lorabooth.families.base import Family
 from lorabooth.memory import apply
 from lorabooth.memory.attention import set_attention
@@ -44,17 +43,8 @@ ADAPTER_NAME = "lorabooth"
 
 
 def targets_of(family: Family, recipe: Recipe) -> list[inject.Target]:
-    """What the adapter sits on.
-
-    Raises:
-        RecipeError: the family has no such preset.
-    """
+    """What the adapter sits on; `open_setting` has checked that the preset exists."""
     preset = recipe.adapter.targets
-    if preset not in family.targets:
-        raise RecipeError(
-            f'adapter.targets: "{preset}" is not a preset of {family.name}',
-            f"Presets: {', '.join(family.targets)}.",
-        )
     rank = int(recipe.adapter.rank)
     alpha = float(recipe.adapter.alpha)
     found = [inject.Target("denoiser", tuple(family.targets[preset]), rank, alpha, recipe.adapter.dropout)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from lorabooth.errors import RecipeError
 from lorabooth.families import registry, source, tokens
 from lorabooth.families.base import Family, Parts
 from lorabooth.families.release import Released, assert_released, release
@@ -109,6 +110,7 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
     with clock.phase("photos"):
         base = source.resolve(recipe.model.base, revision=recipe.model.revision, family=recipe.model.family)
         family = registry.family(base.family)
+        _require_preset(family, recipe.adapter.targets)
         defaults = family.defaults_for(base)
         resolution = recipe.images.resolution
         side_px = defaults.resolution_px if resolution == "auto" else resolution
@@ -134,6 +136,14 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
     photos = replace(photos, scans=subjects.scan_all(named))
     _warn_of_long_captions(family, parts, photos, reporter)
     return Setting(recipe, resolved.choices, named, photos, family, LoadedBase(parts), device)
+
+
+def _require_preset(family: Family, preset: str) -> None:
+    if preset not in family.targets:
+        raise RecipeError(
+            f'adapter.targets: "{preset}" is not a preset of {family.name}.',
+            f"Presets: {', '.join(family.targets)}.",
+        )
 
 
 def _warn_of_long_captions(family: Family, parts: Parts, photos: Photos, reporter: Reporter) -> None:
