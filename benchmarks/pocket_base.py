@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,21 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.facts import machine_facts
 from lorabooth.pocket import clip, unet, vae
 from lorabooth.pocket.base import pocket_dir
 from lorabooth.pocket.card import write_card
 from lorabooth.pocket.judge import Share
-from lorabooth.pocket.measure import Sampling, accuracy, grid, held_out_scenes, judge_quality, train_judge
+from lorabooth.pocket.measure import (
+    Sampling,
+    accuracy,
+    grid,
+    held_out_scenes,
+    judge_quality,
+    train_judge,
+)
 from lorabooth.pocket.trainer import read_state
 
 TARGETS = {"class": 0.90, "place": 0.90, "colour": 0.80}
@@ -39,25 +46,10 @@ def _shares(shares: dict[str, Share]) -> dict[str, Any]:
     return {name: {**asdict(s), "value": s.value} for name, s in shares.items()}
 
 
-def _commit() -> str:
-    run = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS.parent
-    )
-    return run.stdout.strip() or "unknown"
-
-
-def _device() -> str:
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.exists() else []
-
-
 def _build_record(work: Path, folder: Path, pipeline: StableDiffusionPipeline, notes: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((work / "build.json").read_text())
+    facts = machine_facts()
+    processor = f"{facts['processor']}, {facts['cores']} cores"
     phases = []
     for name, module in (("vae", vae), ("clip", clip), ("unet", unet)):
         info = read_state(work / f"{name}.safetensors")[1]
@@ -70,11 +62,11 @@ def _build_record(work: Path, folder: Path, pipeline: StableDiffusionPipeline, n
     return {
         "seed": record["seed"],
         "scenes": record["scenes"],
-        "device": _device() if record["device"] == "cpu" else record["device"],
+        "device": processor if record["device"] == "cpu" else facts["gpu"],
         "phases": phases,
         "notes": notes,
-        "commit": _commit(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "commit": facts["commit"],
+        "versions": facts["versions"],
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
         "size_mb": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.name != "README.md")
         / 1e6,
@@ -137,7 +129,9 @@ def main() -> int:
     }
     build = _build_record(options.work, folder, pipeline, options.notes)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**figures, "build": build, "device": _device()}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps({**figures, "build": build, "machine": machine_facts()}, indent=1) + "\n"
+    )
     if options.grid is not None:
         Image.fromarray(grid(pixels[:120], 15)).save(options.grid)
     if options.card:

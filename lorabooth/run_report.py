@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageOps
+
+from lorabooth.adapters.file import write_atomic
+from lorabooth.data.images import decode
 from lorabooth.evaluation.curves import read_curves
+from lorabooth.evaluation.grids import draw_grid
 from lorabooth.evaluation.report import Chosen, Pair, Picture, ReportData, StepSamples, write_report
 from lorabooth.recipe import Recipe, dump
 from lorabooth.training.folder import RunFolder, read_json
@@ -63,8 +69,6 @@ def gather(folder: RunFolder, recipe: Recipe, steps: int) -> ReportData:
 
 def pictures(place: Path) -> tuple[Picture, ...]:
     """The samples of one folder, in order, with the prompt and seed that each file tells."""
-    from PIL import Image
-
     found = []
     for path in sorted(place.glob("*.png")):
         if path.name == "grid.png":
@@ -74,6 +78,33 @@ def pictures(place: Path) -> tuple[Picture, ...]:
         seed = int(text["seed"]) if "seed" in text else None
         found.append(Picture(path, str(text.get("prompt", "")), seed))
     return tuple(found)
+
+
+def write_story(folder: RunFolder, recipe: Recipe, steps: int) -> Path:
+    """One picture of a run, RUN/story.png: the photos, and below them the last samples by prompt.
+
+    Raises:
+        RecipeError: it cannot be written.
+    """
+    drawn = pictures(folder.step_samples(steps))
+    prompts = list(dict.fromkeys(picture.prompt for picture in drawn))
+    photos = [decode(record.path) for scan in scan_all(subjects_of(recipe)) for record in scan.records]
+    rows: list[list[Image.Image | None]] = [[Image.fromarray(photo) for photo in photos]]
+    for prompt in prompts:
+        rows.append([_opened(picture.path) for picture in drawn if picture.prompt == prompt])
+    side_px = max((image.width for row in rows[1:] for image in row if image), default=64)
+    rows[0] = [image and ImageOps.fit(image, (side_px, side_px)) for image in rows[0]]
+    grid = draw_grid(rows, row_labels=["the photos", *prompts])
+    buffer = io.BytesIO()
+    grid.save(buffer, "PNG", optimize=True)
+    path = folder.root / "story.png"
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def _pairs(before: Sequence[Picture], after: Sequence[Picture]) -> list[Pair]:

@@ -34,4 +34,10 @@ def demo(
         recipe = load(folder / "recipe.toml", changes)
         photos = recipe.subjects[0].images
         reporter_for(quiet=quiet).say(f"Learning the {recipe.subjects[0].noun} in {photos}")
-        run(recipe, out=out, dry_run=False, quiet=quiet)
+        result = run(recipe, out=out, dry_run=False, quiet=quiet)
+        if result is not None and result.grid is not None:
+            from lorabooth.run_report import write_story
+            from lorabooth.training.folder import RunFolder
+
+            story = write_story(RunFolder(result.out), result.recipe, result.steps)
+            print(f"\nThe photos and what was learned from them, in one picture: {story}")

@@ -55,8 +55,10 @@ def train(
     run(effective, out=out, dry_run=dry_run, quiet=quiet, fresh=fresh)
 
 
-def run(recipe: Recipe, *, out: Path | None, dry_run: bool, quiet: bool, fresh: bool = False) -> None:
-    """Train a recipe and print what came out; shared with the demo."""
+def run(
+    recipe: Recipe, *, out: Path | None, dry_run: bool, quiet: bool, fresh: bool = False
+) -> RunResult | None:
+    """Train a recipe and print what came out; shared with the demo. None for a dry run."""
     from lorabooth.families.quiet import quiet_libraries
 
     with quiet_libraries():  # the libraries' remarks while they are imported are not the user's business
@@ -65,9 +67,10 @@ def run(recipe: Recipe, *, out: Path | None, dry_run: bool, quiet: bool, fresh: 
     if dry_run:
         plan = api.train(recipe, out=out, dry_run=True, fresh=fresh, reporter=reporter)
         print(plan.text())
-        return
+        return None
     result = api.train(recipe, out=out, dry_run=False, fresh=fresh, reporter=reporter)
     print(result_text(result))
+    return result
 
 
 def _recipe(file: Path | None, given: dict[str, Any], overrides: list[str]) -> Recipe:

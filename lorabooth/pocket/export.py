@@ -57,6 +57,7 @@ def write_folder(pipeline: StableDiffusionPipeline, clip: CLIPModel, folder: Pat
             if file.is_file():
                 target = folder / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
                 file.replace(target)
 
 
