@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
+from accelerate import PartialState
+
 from lorabooth.evaluation.generate import generate
 from lorabooth.evaluation.grids import draw_grid
 from lorabooth.evaluation.sample import file_name
@@ -90,13 +92,15 @@ def train(
     Raises:
         LoraboothError: one of errors.py; its message says what, where and what to do.
     """
-    say = reporter or Silent()
+    # Of several processes one speaks and writes.
+    is_main = PartialState().is_main_process
+    say = reporter if reporter is not None and is_main else Silent()
     if dry_run:
         return plan_run(recipe, out=out, reporter=say)
     studio = Studio(generate=generate, draw_grid=draw_grid, file_name=file_name)
     outcome = run(recipe, out=out, studio=studio, reporter=say, fresh=fresh)
     folder = outcome.folder
-    if not outcome.finished_before or not folder.report.is_file():
+    if is_main and not (outcome.finished_before and folder.report.is_file()):
         write_run_report(folder, outcome.recipe, outcome.steps)
     return RunResult(
         out=folder.root,

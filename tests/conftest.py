@@ -6,10 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports a hub client: a test never goes to the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two test processes on two cores: more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Timings never decide a test; the same examples every time.
+settings.register_profile("lorabooth", deadline=None, derandomize=True)
+settings.load_profile("lorabooth")
 
 
 @pytest.fixture(scope="session")

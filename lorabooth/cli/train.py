@@ -69,7 +69,10 @@ def run(
         print(plan.text())
         return None
     result = api.train(recipe, out=out, dry_run=False, fresh=fresh, reporter=reporter)
-    print(result_text(result))
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(result_text(result))
     return result
 
 

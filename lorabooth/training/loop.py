@@ -133,7 +133,8 @@ def run_steps(
             if not finite:
                 line.update(skipped=True, record_ids=record_ids)
             line.update(lr=lr, step_s=time.perf_counter() - began_s)
-            metrics.append({"step": step + 1, **line})
+            if session.accelerator.is_main_process:
+                metrics.append({"step": step + 1, **line})
             guard.check(
                 step=step + 1, finite=finite, record_ids=record_ids, diagnosis=session.diagnosis, figures=line
             )

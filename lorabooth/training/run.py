@@ -162,7 +162,8 @@ def _locked_run(
     if start:
         reporter.say(f"going on from step {start} of {total}")
     metrics = MetricsLog(folder.metrics)
-    metrics.truncate_after(start)
+    if accelerator.is_main_process:
+        metrics.truncate_after(start)
     previews = _previews(setting, studio, encoded, folder, reporter)
     grid = _train(setting, folder, session, metrics, previews, ledger, start, reporter)
     if accelerator.is_main_process:

@@ -1,0 +1,41 @@
+"""Two processes on the CPU (gloo), started as a user would: the steps of one process with twice the batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorabooth.recipe import dump
+from tests.training import runs
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "LORABOOTH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(dump(runs.recipe(tiny_sd, photos)), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    train = ["-m", "lorabooth", "train", str(recipe), "--out", str(tmp_path / "two"), "--quiet"]
+    done = subprocess.run([*launch, *train], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("adapter ") == 1, "one process speaks"
+    one = [
+        sys.executable,
+        *train[:-3],
+        "--out",
+        str(tmp_path / "one"),
+        "--quiet",
+        "--set",
+        "optim.batch_size=2",
+    ]
+    done = subprocess.run(one, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    two, one_ = runs.metrics(tmp_path / "two"), runs.metrics(tmp_path / "one")
+    assert [line["step"] for line in two] == [line["step"] for line in one_]
+    for a, b in zip(two, one_, strict=True):
+        for key in ("loss", "loss_instance", "loss_prior", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=2e-4), (a["step"], key)
