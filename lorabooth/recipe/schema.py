@@ -100,7 +100,9 @@ class OptimSection(Section):
     """Optimizer and schedule. Steps count optimizer steps."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """The 8-bit ones need bitsandbytes."""
+    """8-bit ones need bitsandbytes, and are proven by one step before they are used."""
+    strict: bool = False
+    """Stop, instead of going on with AdamW, where an 8-bit optimizer does not work."""
     lr: Auto | Annotated[float, Field(gt=0, le=1)] = "auto"
     """Peak learning rate."""
     text_encoder_lr: Auto | Annotated[float, Field(gt=0, le=1)] = "auto"

@@ -197,5 +197,5 @@ def _eight_bit(name: str, param_groups: list[dict[str, Any]], reporter: Reporter
 
 def _fall_back(problem: str, instead: str, strict: bool, reporter: Reporter) -> None:
     if strict:
-        raise RecipeError(f"{problem}.", f'Set optim.name = "{instead}", or leave out --strict.')
+        raise RecipeError(f"{problem}.", f'Set optim.name = "{instead}", or optim.strict = false.')
     reporter.warn(f"{problem}; {instead} is used instead.")
