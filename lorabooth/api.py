@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
-from accelerate import PartialState
-
 from lorabooth.evaluation.generate import generate
 from lorabooth.evaluation.grids import draw_grid
 from lorabooth.evaluation.sample import file_name
@@ -15,6 +13,7 @@ from lorabooth.progress import Reporter, Silent
 from lorabooth.recipe import Recipe
 from lorabooth.run_report import write_run_report
 from lorabooth.training.plan import Plan
+from lorabooth.training.processes import process_state
 from lorabooth.training.run import plan_run, run
 from lorabooth.training.studio import Studio
 
@@ -93,7 +92,7 @@ def train(
         LoraboothError: one of errors.py; its message says what, where and what to do.
     """
     # Of several processes one speaks and writes.
-    is_main = PartialState().is_main_process
+    is_main = process_state().is_main_process
     say = reporter if reporter is not None and is_main else Silent()
     if dry_run:
         return plan_run(recipe, out=out, reporter=say)

@@ -69,9 +69,9 @@ def run(
         print(plan.text())
         return None
     result = api.train(recipe, out=out, dry_run=False, fresh=fresh, reporter=reporter)
-    from accelerate import PartialState
+    from lorabooth.training.processes import process_state
 
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(result_text(result))
     return result
 

@@ -145,7 +145,11 @@ def compose(
     trained = {name: attached.parameters(name) for name in components}
     parameters = [parameter for members in trained.values() for parameter in members]
     optimizer = optim.make(
-        recipe.optim, optim.groups(trained, recipe.optim), device, strict=recipe.optim.strict, reporter=reporter
+        recipe.optim,
+        optim.groups(trained, recipe.optim),
+        device,
+        strict=recipe.optim.strict,
+        reporter=reporter,
     )
     n_step = recipe.optim.batch_size * recipe.optim.accumulate * accelerator.num_processes
     n_class = n_step if examples.classes else 0

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from lorabooth.errors import RecipeError
 from lorabooth.families import registry, source, tokens
@@ -21,6 +20,7 @@ from lorabooth.progress import Reporter
 from lorabooth.recipe import Recipe, from_mapping
 from lorabooth.training import subjects
 from lorabooth.training.plan import PartFacts
+from lorabooth.training.processes import process_state
 from lorabooth.training.resolve import Choice, native_precision, resolve
 from lorabooth.training.subjects import Photos, Subject
 
@@ -106,7 +106,7 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
     """
     # Checked again, and paths made absolute: a recipe may have been put together in Python.
     recipe = from_mapping(recipe.model_dump(mode="json"), (), "the recipe")
-    device = PartialState().device
+    device = process_state().device
     with clock.phase("photos"):
         base = source.resolve(recipe.model.base, revision=recipe.model.revision, family=recipe.model.family)
         family = registry.family(base.family)
