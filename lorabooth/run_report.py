@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from lorabooth.adapters.file import write_atomic
+from lorabooth import durable
 from lorabooth.data.images import decode
 from lorabooth.evaluation.curves import read_curves
 from lorabooth.evaluation.grids import draw_grid
@@ -98,7 +98,7 @@ def write_story(folder: RunFolder, recipe: Recipe, steps: int) -> Path:
     buffer = io.BytesIO()
     grid.save(buffer, "PNG", optimize=True)
     path = folder.root / "story.png"
-    write_atomic(path, buffer.getvalue())
+    durable.save(path, buffer.getvalue())
     return path
 
 

@@ -5,9 +5,7 @@ Files are .safetensors in the layout that other tools open (formats.py); same in
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import struct
 from collections.abc import Mapping
@@ -16,9 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from lorabooth import durable
 from lorabooth.adapters import formats
 from lorabooth.adapters.header import Entry, Header, read_header
-from lorabooth.errors import AdapterError, RecipeError, TrainingError
+from lorabooth.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
@@ -240,35 +239,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], entries: Mapping
     table = {"__metadata__": dict(sorted(entries.items())), **json.loads(blob[8 : 8 + length])}
     head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    write_atomic(path, struct.pack("<Q", len(head)) + head, blob[8 + length :])
-
-
-def write_atomic(path: Path, *chunks: bytes) -> None:
-    """Replace `path` by `chunks`, or leave it as it was.
-
-    Raises:
-        RecipeError: the file cannot be written there.
-        TrainingError: the disk is full.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with part.open("wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TrainingError(
-                f"No space left to write {path}.", "Free some disk space and run the command again."
-            ) from error
-        raise RecipeError(
-            f"{path} cannot be written: {error.strerror or error}.", "Choose another output."
-        ) from error
+    durable.save(path, struct.pack("<Q", len(head)) + head, blob[8 + length :])
 
 
 def prepare(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

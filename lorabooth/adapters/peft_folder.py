@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabooth import durable
 from lorabooth.adapters import file, formats, lora_config, names
 from lorabooth.adapters.file import AdapterFile, Metadata
 from lorabooth.errors import AdapterError, RecipeError
@@ -64,7 +65,7 @@ def export_peft(
         config |= lora_config.build(modules, component)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         file.save_safetensors(target / WEIGHTS_NAME, weights, entries)
-        file.write_atomic(target / CONFIG_NAME, text.encode())
+        durable.save(target / CONFIG_NAME, text.encode())
     return out
 
 

@@ -46,7 +46,7 @@ def sample(
     if sweep is not None and not adapters:
         raise usage("--strengths needs an --adapter")
     files = [parse_adapter(text) for text in adapters or []]
-    if missing := [str(path) for path, _ in files if not path.is_file()]:
+    if missing := [str(path) for path, _ in files if not path.exists()]:
         raise AdapterError(f"there is no adapter file {', '.join(missing)}", "Check --adapter.")
 
     from lorabooth.families.quiet import quiet_libraries

@@ -10,10 +10,8 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lorabooth import durable
 from lorabooth.data.images import TRANSFORM_VERSION, Variant
 from lorabooth.errors import RecipeError, TrainingError
 from lorabooth.progress import Reporter, Silent
@@ -200,19 +199,11 @@ def _write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
         TrainingError: no space.
     """
     content = save(dict(tensors), metadata={_DIGEST: _digest(key, tensors)})
-    temporary = path.with_name(f"{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        durable.replace(path, content)
     except OSError as error:
         what = f"the cache cannot be written: {path.parent}: {error.strerror or error}"
         if error.errno in _NO_SPACE:
             raise TrainingError(what, "Free some space, or set LORABOOTH_CACHE to another folder.") from error
         raise RecipeError(what, "Set LORABOOTH_CACHE to a folder that can be written.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabooth.adapters.file import write_atomic
+from lorabooth import durable
 from lorabooth.evaluation.curves import Curves, draw_curves
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
         TrainingError: the disk is full.
     """
     path = run_dir / "report.html"
-    write_atomic(path, render_report(data).encode())
+    durable.save(path, render_report(data).encode())
     return path
 
 

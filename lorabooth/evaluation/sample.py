@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorabooth.adapters.file import write_atomic
+from lorabooth import durable
 from lorabooth.errors import RecipeError
 from lorabooth.progress import Reporter, Silent
 from lorabooth.prompts import slug
@@ -303,7 +303,7 @@ def _save(path: Path, image: Image, facts: Mapping[str, str]) -> None:
         texts.add_itxt(key, text)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=texts)
-    write_atomic(path, buffer.getvalue())
+    durable.save(path, buffer.getvalue())
 
 
 def _digest(path: Path) -> str:

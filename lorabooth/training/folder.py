@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorabooth import durable
 from lorabooth.errors import RecipeError
 from lorabooth.prompts import slug
 from lorabooth.recipe import Recipe
 from lorabooth.recipe.io import differences, dump, load
-from lorabooth.training import durable
 
 
 @dataclass(frozen=True, slots=True)

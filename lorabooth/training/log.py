@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorabooth import durable
 from lorabooth.errors import TrainingError
-from lorabooth.training import durable
 
 
 class MetricsLog:

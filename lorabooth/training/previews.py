@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from lorabooth import durable
 from lorabooth.errors import LoraboothError
 from lorabooth.families.base import Family, Parts
 from lorabooth.progress import Reporter
-from lorabooth.training import durable
 from lorabooth.training.folder import RunFolder
 from lorabooth.training.studio import Studio
 

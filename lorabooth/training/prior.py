@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabooth import durable
 from lorabooth.errors import BaseModelError, RecipeError
 from lorabooth.progress import Reporter, Silent
 from lorabooth.prompts import slug
 from lorabooth.rng import seed_for
-from lorabooth.training import durable
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lorabooth import durable
 from lorabooth.errors import RecipeError, TrainingError
 from lorabooth.progress import Reporter
-from lorabooth.training import durable
 
 ADAPTER = "adapter.safetensors"
 _TENSORS, _FACTS, _MANIFEST = "state.safetensors", "state.json", "manifest.json"

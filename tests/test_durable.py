@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabooth.training import durable
+from lorabooth import durable
 
 
 def test_write_replace_and_sync(tmp_path):
