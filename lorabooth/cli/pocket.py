@@ -29,6 +29,12 @@ def build(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Training processes on a CPU.")] = 2,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start-from", help='A finished base ("pocket": the embedded one) whose denoiser trains on.'
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors and the result.")] = False,
 ) -> None:
     """Render scenes and train the pocket base on them; started again with the same folders, it goes on."""
@@ -45,5 +51,10 @@ def build(
         raise usage("--device cuda: torch sees no GPU here; `lorabooth doctor` says why")
     states = work or out.with_name(f"{out.name}-work")
     plan = BuildPlan(states, out, minutes, device, seed=seed, processes=processes)
+    if start is not None:
+        from lorabooth.pocket.base import pocket_dir
+        from lorabooth.pocket.restart import start_from
+
+        start_from(plan, pocket_dir() if start == "pocket" else Path(start))
     reporter_for(quiet=quiet).say(f"building on {device} for {minutes:g} minutes; log: {plan.log_file}")
     print(f"pocket base  {build_base(plan)}")
