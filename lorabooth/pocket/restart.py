@@ -1,7 +1,7 @@
 """Begin a build where a finished pocket base ended.
 
-Its tokenizer, autoencoder and CLIP are kept, its denoiser trains on. What is lost is the optimizers' state, which
-is not shipped.
+Its tokenizer, autoencoder and CLIP are kept, its denoiser trains on. What is lost is the state of the
+optimizers, which is not shipped.
 """
 
 from __future__ import annotations
