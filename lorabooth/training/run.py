@@ -16,6 +16,7 @@ from lorabooth.adapters import file as adapter_file
 from lorabooth.adapters import inject
 from lorabooth.data import images as data_images
 from lorabooth.data.cache import Store, default_root
+from lorabooth.errors import RecipeError
 from lorabooth.families.reload import with_vae
 from lorabooth.progress import Reporter
 from lorabooth.recipe import Recipe
@@ -145,6 +146,11 @@ def _locked_run(
     if folder.is_finished() and checkpoint is not None and checkpoint.step >= total:
         reporter.say(f"{folder.root} is done already: {checkpoint.step} steps. Nothing was changed.")
         return _outcome(folder, recipe, checkpoint.step, checkpoint.step, finished_before=True)
+    if checkpoint is not None and checkpoint.step > total:
+        raise RecipeError(
+            f"optim.steps is {total}, but {folder.root} has {checkpoint.step} steps already.",
+            "Give as many or more, or --fresh to start beside it.",
+        )
     ledger = Ledger(folder, setting, clock)
     if accelerator.is_main_process:
         folders.write_recipe(folder, recipe)
