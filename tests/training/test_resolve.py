@@ -1,0 +1,95 @@
+"""What "auto" becomes: a value for every key that means something, each with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorabooth.families.base import Defaults, Source
+from lorabooth.memory.facts import Device
+from lorabooth.recipe import Recipe, from_mapping
+from lorabooth.training.resolve import Resolved, resolve
+
+DEFAULTS = Defaults(
+    resolution_px=512,
+    learning_rate=1e-4,
+    text_encoder_learning_rate=5e-5,
+    rank=16,
+    steps=800,
+    guidance=7.5,
+    sampler_steps=25,
+)
+DEVICES = {
+    "cpu": Device("cpu", "a processor", 2**34, 2**34, "", False),
+    "new": Device("cuda", "a new card", 2**34, 2**34, "9.0", True),
+    "old": Device("cuda", "an old card", 2**34, 2**34, "7.5", False),
+}
+
+
+def _resolve(recipe: Recipe, device: str = "cpu") -> Resolved:
+    return resolve(
+        recipe,
+        source=Source(Path("base"), "base", "sd1"),
+        defaults=DEFAULTS,
+        device=DEVICES[device],
+        find_token=lambda index: (f"tok{index}", "rare"),
+    )
+
+
+def _recipe(*overrides: str, nouns: tuple[str, ...] = ("dog",)) -> Recipe:
+    subjects = [{"images": f"photos/{noun}", "noun": noun} for noun in nouns]
+    return from_mapping({"subjects": subjects}, overrides, "test")
+
+
+def _value(recipe: Recipe, key: str) -> object:
+    found: object = recipe
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        found = found[int(part)] if isinstance(found, tuple) else getattr(found, part)
+    return found
+
+
+def test_every_choice_is_in_the_recipe_with_a_reason() -> None:
+    resolved = _resolve(_recipe("adapter.text_encoder=true"))
+    assert resolved.choices
+    for choice in resolved.choices:
+        assert _value(resolved.recipe, choice.key) == choice.value
+        assert choice.reason
+    assert resolved.recipe.adapter.alpha == resolved.recipe.adapter.rank == 16
+
+
+def test_nothing_that_counts_stays_auto() -> None:
+    recipe = _resolve(_recipe()).recipe
+    left = [
+        f"{name}.{key}"
+        for name, section in recipe.model_dump().items()
+        if isinstance(section, dict)
+        for key, value in section.items()
+        if value == "auto"
+    ]
+    assert left == ["adapter.text_encoder_rank", "optim.text_encoder_lr", "run.out"]
+
+
+def test_what_the_user_wrote_stays() -> None:
+    resolved = _resolve(_recipe("optim.lr=3e-4", "adapter.rank=4", "subjects.0.token=zwx"))
+    assert resolved.recipe.optim.lr == 3e-4
+    assert (resolved.recipe.adapter.rank, resolved.recipe.adapter.alpha) == (4, 4.0)
+    assert not {"optim.lr", "adapter.rank", "subjects[0].token"} & {c.key for c in resolved.choices}
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("new", "bf16"), ("old", "fp16")])
+def test_precision_follows_the_device(device: str, precision: str) -> None:
+    recipe = _resolve(_recipe(), device).recipe
+    assert {recipe.model.dtype, recipe.memory.precision, recipe.memory.base_precision} == {precision}
+
+
+def test_several_classes_keep_their_own_prompts() -> None:
+    resolved = _resolve(_recipe(nouns=("dog", "mug")))
+    assert resolved.recipe.prior.prompt == "auto"
+    assert [subject.token for subject in resolved.recipe.subjects] == ["tok0", "tok1"]
+    assert _resolve(_recipe()).recipe.prior.prompt == "a photo of a dog"
+
+
+def test_resolving_again_changes_nothing() -> None:
+    once = _resolve(_recipe("adapter.text_encoder=true")).recipe
+    assert _resolve(once).recipe == once
