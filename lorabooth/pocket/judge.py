@@ -41,13 +41,14 @@ class Judge(nn.Module):
             )
             before = after
         self.trunk = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(0.3)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(16 * widths[-1], len(values)) for name, values in HEADS.items()}
         )
 
     def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
         """Pictures [B,3,64,64] in [-1, 1] -> logits [B,K] a head."""
-        features = self.trunk(x_BCHW).flatten(1)
+        features = self.dropout(self.trunk(x_BCHW).flatten(1))
         return {name: head(features) for name, head in self.heads.items()}
 
 
@@ -67,16 +68,24 @@ def label_table(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return table
 
 
+def _moved(pixels_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """All pictures shifted by up to four pixels and, every other time, mirrored."""
+    top, left, mirror = torch.randint(0, 8, (3,), generator=generator).tolist()
+    size = pixels_BCHW.shape[-1]
+    moved = F.pad(pixels_BCHW, (4, 4, 4, 4), mode="reflect")[..., top : top + size, left : left + size]
+    return moved.flip(-1) if mirror % 2 else moved
+
+
 def judge_losses(
     judge: Judge, images: NDArray[np.uint8], labels: Mapping[str, Tensor], seed: int
 ) -> Callable[[int], Mapping[str, Tensor]]:
-    """The losses of a step: cross-entropy of all heads on pictures with a little noise of varied strength."""
+    """The losses of a step: cross-entropy of all heads on shifted, mirrored and slightly noisy pictures."""
     device = next(judge.parameters()).device
 
     def losses(step: int) -> Mapping[str, Tensor]:
         picks = batch_indices(seed, step, "judge", len(images), BATCH)
         generator = generator_for(seed, step, 0, "judge noise")
-        pixels = pixels_of(images[picks], device)
+        pixels = _moved(pixels_of(images[picks], device), generator)
         noise = torch.randn(pixels.shape, generator=generator).to(device)
         strength = 0.12 * torch.rand((len(picks), 1, 1, 1), generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):

@@ -21,7 +21,7 @@ from lorabooth.pocket.trainer import Budget, Task, train
 from lorabooth.pocket.vae import psnr_db, reconstruct
 from lorabooth.rng import generator_for, seed_for
 
-JUDGE_SCENES = 12_000
+CLEAN_SCENES, CODED_SCENES = 40_000, 12_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,15 @@ def train_judge(work: Path, vae: AutoencoderKL, seconds: float, seed: int) -> Ju
     """The judge of a work folder, trained there if it is not yet.
 
     Args:
-        work: judge.safetensors and the judge's renderings are kept here.
-        vae: the judge's pictures go through it as well, so that it reads samples too.
+        work: work folder of the build; its renderings are read, the judge is kept there.
+        vae: some of the judge's pictures go through it, so that it reads samples as well.
         seconds: training time.
         seed: of renderings and weights.
     """
-    data = rendered(seed, "judge", JUDGE_SCENES, work / "judge.npy")
-    images = np.concatenate([data.images, _through(vae, data.images, work / "judge-vae.npy")])
-    labels = {name: torch.cat([column, column]) for name, column in judging.label_table(data.scenes).items()}
+    clean = rendered(seed, "train", CLEAN_SCENES, work / "train.npy")
+    coded = rendered(seed, "judge", CODED_SCENES, work / "judge.npy")
+    images = np.concatenate([clean.images, _through(vae, coded.images, work / "judge-vae.npy")])
+    labels = judging.label_table(clean.scenes + coded.scenes)
     torch.manual_seed(seed_for(seed, 0, 0, "judge") % 2**31)
     judge = Judge()
     losses = judging.judge_losses(judge, images, labels, seed)
