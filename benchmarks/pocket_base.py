@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
@@ -100,7 +99,7 @@ def main() -> int:
     options = _arguments()
     started = time.monotonic()
     folder = options.folder or pocket_dir()
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     judge = train_judge(options.work, pipeline.vae, options.judge_seconds, seed=0)
     quality = judge_quality(judge, pipeline.vae, seed=0)

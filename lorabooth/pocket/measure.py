@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorabooth.pocket import judge as judging
-from lorabooth.pocket.dataset import rendered, scene_at
+from lorabooth.pocket.dataset import pixels_of, rendered, scene_at
 from lorabooth.pocket.judge import Judge, Share
-from lorabooth.pocket.scenes import Scene, full_caption
+from lorabooth.pocket.scenes import Scene, full_caption, render
 from lorabooth.pocket.trainer import Budget, Task, train
 from lorabooth.pocket.vae import psnr_db, reconstruct
 from lorabooth.rng import generator_for, seed_for
@@ -117,16 +117,21 @@ def accuracy(
 
 
 def judge_quality(judge: Judge, vae: AutoencoderKL, seed: int, count: int = 500) -> dict[str, Any]:
-    """The judge's own accuracy on held-out renderings, plain and through the VAE, and the VAE's PSNR."""
-    data = rendered(seed, "held-out", count)
-    photos = [i for i, scene in enumerate(data.scenes) if scene.style == "photo"]
-    images, scenes = data.images[photos], [data.scenes[i] for i in photos]
-    through = reconstruct(vae, images, torch.device("cpu"))
-    clean = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """The judge's own accuracy on renderings of what the samples are asked to show, and the VAE's PSNR.
+
+    Args:
+        judge: reads the renderings plain and through `vae`.
+        vae: its PSNR is taken over held-out scenes of every style, pose and accessory.
+        seed: of the scenes.
+        count: how many.
+    """
+    scenes = held_out_scenes(count, seed)
+    images = np.stack([render(scene) for scene in scenes])
+    every = rendered(seed, "held-out", count).images
     return {
-        "clean": judging.agreement(judge, clean, scenes),
-        "through_vae": judging.agreement(judge, through, scenes),
-        "vae_psnr_db": psnr_db(through, images),
+        "clean": judging.agreement(judge, pixels_of(images, torch.device("cpu")), scenes),
+        "through_vae": judging.agreement(judge, reconstruct(vae, images, torch.device("cpu")), scenes),
+        "vae_psnr_db": psnr_db(reconstruct(vae, every, torch.device("cpu")), every),
     }
 
 
