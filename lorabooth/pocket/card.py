@@ -58,14 +58,14 @@ def _quality(figures: Mapping[str, Any]) -> str:
 the training data, read by classifiers trained on renderings; DPM-Solver++, {figures["steps"]} steps, guidance
 {figures["guidance"]}. In brackets the 95 % Wilson interval.
 
-| attribute | samples | aimed at | the classifier on renderings of the same scenes, through the autoencoder |
+| attribute | samples | aimed at | classifier on renderings of those scenes, through the VAE |
 |---|---|---|---|
 {rows}
 
 Autoencoder on held-out renderings: {figures["judge"]["vae_psnr_db"]:.2f} dB PSNR.
 
-Not measured: patterns, poses, styles and accessories. Small marks and the finer patterns come out roughly; class,
-place and main colour are what the model is sure of.
+Not measured: patterns, poses, styles and accessories. Small marks and patterns come out roughly; class, place
+and main colour are what the model is sure of.
 """
 
 
