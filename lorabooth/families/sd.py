@@ -234,7 +234,7 @@ POCKET_DEFAULTS = Defaults(
     text_encoder_learning_rate=2e-4,
     rank=16,
     steps=300,
-    guidance=3.0,
+    guidance=4.0,
     sampler_steps=20,
 )
 SD1 = StableDiffusion(
