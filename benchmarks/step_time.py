@@ -56,6 +56,7 @@ lr = 1e-4
 resolution = {resolution}
 [run]
 checkpoint_every = 0
+sample_count = 0
 """
 
 
