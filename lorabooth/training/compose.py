@@ -124,25 +124,11 @@ def compose(
     accelerator: Accelerator,
     reporter: Reporter,
 ) -> Session:
-    """The session that the loop runs."""
+    """The session that the loop runs; its precision is proven by one small step."""
     recipe, family, parts = setting.recipe, setting.family, setting.parts
     device = accelerator.device
-    path = family.noise_path(parts).to(device)
-
-    def predict(
-        x: torch.Tensor, level: torch.Tensor, cond: Cond, geometry: Sequence[Geometry]
-    ) -> torch.Tensor:
-        return family.predict(parts, x, level, cond, geometry)
-
-    def encode(tokens: Cond) -> Cond:
-        return family.encode_tokens(parts, tokens)
-
-    condition = encode if recipe.adapter.text_encoder else cached_condition
-    components = parts.components()
-    targets: Targets = path_targets
-    if recipe.prior.mode == "distill":
-        targets = distill_targets(predict, condition, lambda: inject.disabled(components))
-    trained = {name: attached.parameters(name) for name in components}
+    step_parts = _step_parts(setting, device)
+    trained = {name: attached.parameters(name) for name in parts.components()}
     parameters = [parameter for members in trained.values() for parameter in members]
     optimizer = optim.make(
         recipe.optim,
@@ -153,13 +139,6 @@ def compose(
     )
     n_step = recipe.optim.batch_size * recipe.optim.accumulate * accelerator.num_processes
     n_class = n_step if examples.classes else 0
-    step_parts = StepParts(
-        predict=predict,
-        condition=condition,
-        path=path,
-        weighting=weighting(recipe.loss, path.prediction),
-        targets=targets,
-    )
     batches = Draws(
         family,
         recipe,
@@ -172,7 +151,7 @@ def compose(
     def attempt() -> torch.Tensor:
         batch = batches(0)[0][0]
         eps, level = draw_noise(
-            path, recipe.run.seed, 0, batch.positions, batch.latents.shape[1:], device=device
+            step_parts.path, recipe.run.seed, 0, batch.positions, batch.latents.shape[1:], device=device
         )
         return micro_step(
             step_parts,
@@ -202,6 +181,33 @@ def compose(
         n_class=n_class,
         diagnosis=f"{apply.NAMES[precision.compute]} on {device.type}, base {parts.source.base_id} in "
         f"{apply.NAMES[precision.base]}",
+    )
+
+
+def _step_parts(setting: Setting, device: torch.device) -> StepParts:
+    """The step's functions: which text conditioning, which targets, which weighting."""
+    recipe, family, parts = setting.recipe, setting.family, setting.parts
+    components = parts.components()
+
+    def predict(
+        x: torch.Tensor, level: torch.Tensor, cond: Cond, geometry: Sequence[Geometry]
+    ) -> torch.Tensor:
+        return family.predict(parts, x, level, cond, geometry)
+
+    def encode(tokens: Cond) -> Cond:
+        return family.encode_tokens(parts, tokens)
+
+    condition = encode if recipe.adapter.text_encoder else cached_condition
+    targets: Targets = path_targets
+    if recipe.prior.mode == "distill":
+        targets = distill_targets(predict, condition, lambda: inject.disabled(components))
+    path = family.noise_path(parts).to(device)
+    return StepParts(
+        predict=predict,
+        condition=condition,
+        path=path,
+        weighting=weighting(recipe.loss, path.prediction),
+        targets=targets,
     )
 
 

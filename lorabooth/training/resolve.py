@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorabooth.families.base import Defaults, Source
 from lorabooth.memory.facts import Device
 from lorabooth.prompts import class_prompt
-from lorabooth.recipe import Recipe, SubjectSection
+from lorabooth.recipe import AdapterSection, OptimSection, PriorSection, Recipe, SubjectSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,19 @@ class Resolved:
     choices: tuple[Choice, ...]
 
 
+@dataclass(frozen=True)
+class _Picker:
+    """Takes what the user wrote, or a value for "auto", which it notes with its reason."""
+
+    choices: list[Choice] = field(default_factory=list)
+
+    def __call__(self, key: str, given: Any, value: Any, reason: str) -> Any:
+        if given != "auto":
+            return given
+        self.choices.append(Choice(key, value, reason))
+        return value
+
+
 def resolve(
     recipe: Recipe,
     *,
@@ -55,95 +68,81 @@ def resolve(
     Returns:
         The recipe with values (keys that mean nothing here stay "auto"), and the list of choices.
     """
-    choices: list[Choice] = []
-
-    def pick(key: str, given: Any, value: Any, reason: str) -> Any:
-        if given != "auto":
-            return given
-        choices.append(Choice(key, value, reason))
-        return value
-
+    pick = _Picker()
     by_family = f"default of {source.family}"
+    precision, why = native_precision(device)
     model = recipe.model.model_copy(
         update={
             "family": pick("model.family", recipe.model.family, source.family, "read from the base's files"),
-            "dtype": pick("model.dtype", recipe.model.dtype, *native_precision(device)),
+            "dtype": pick("model.dtype", recipe.model.dtype, precision, why),
         }
     )
-    subjects = _subjects(recipe.subjects, find_token, choices)
-    rank = pick("adapter.rank", recipe.adapter.rank, defaults.rank, by_family)
-    adapter_update = {
-        "rank": rank,
-        "alpha": pick(
-            "adapter.alpha", recipe.adapter.alpha, float(rank), "alpha = rank: scale 1 in every reader"
-        ),
+    subjects = _subjects(recipe.subjects, find_token, pick.choices)
+    adapter, optim = _training(recipe, defaults, by_family, pick)
+    prior = _prior(recipe.prior, subjects, defaults, by_family, pick)
+    side_px, trained_at = defaults.resolution_px, "what the base was trained at"
+    resolution = pick("images.resolution", recipe.images.resolution, side_px, trained_at)
+    compute = pick("memory.precision", recipe.memory.precision, precision, why)
+    given = recipe.memory
+    memory = given.model_copy(
+        update={
+            "precision": compute,
+            "attention": pick("memory.attention", given.attention, "sdpa", "torch's own kernels"),
+            "base_precision": pick(
+                "memory.base_precision", given.base_precision, compute, "same as memory.precision"
+            ),
+        }
+    )
+    update = {
+        "model": model,
+        "subjects": subjects,
+        "prior": prior,
+        "adapter": adapter,
+        "optim": optim,
+        "images": recipe.images.model_copy(update={"resolution": resolution}),
+        "memory": memory,
     }
+    return Resolved(recipe.model_copy(update=update), tuple(pick.choices))
+
+
+def _training(
+    recipe: Recipe, defaults: Defaults, by_family: str, pick: _Picker
+) -> tuple[AdapterSection, OptimSection]:
+    given, optim = recipe.adapter, recipe.optim
+    rank = pick("adapter.rank", given.rank, defaults.rank, by_family)
+    alpha = pick("adapter.alpha", given.alpha, float(rank), "alpha = rank: scale 1 in every reader")
+    adapter_update = {"rank": rank, "alpha": alpha}
     optim_update = {
-        "lr": pick("optim.lr", recipe.optim.lr, defaults.learning_rate, by_family),
-        "steps": pick("optim.steps", recipe.optim.steps, defaults.steps, by_family),
+        "lr": pick("optim.lr", optim.lr, defaults.learning_rate, by_family),
+        "steps": pick("optim.steps", optim.steps, defaults.steps, by_family),
     }
-    if recipe.adapter.text_encoder:  # otherwise these keys mean nothing and stay "auto"
+    if given.text_encoder:  # otherwise these keys mean nothing and stay "auto"
         adapter_update["text_encoder_rank"] = pick(
-            "adapter.text_encoder_rank", recipe.adapter.text_encoder_rank, rank, "same as adapter.rank"
+            "adapter.text_encoder_rank", given.text_encoder_rank, rank, "same as adapter.rank"
         )
         optim_update["text_encoder_lr"] = pick(
-            "optim.text_encoder_lr",
-            recipe.optim.text_encoder_lr,
-            defaults.text_encoder_learning_rate,
-            by_family,
+            "optim.text_encoder_lr", optim.text_encoder_lr, defaults.text_encoder_learning_rate, by_family
         )
-    adapter = recipe.adapter.model_copy(update=adapter_update)
-    optim = recipe.optim.model_copy(update=optim_update)
-    first = subjects[0]
-    prior_prompt = class_prompt(first.template, first.noun)
-    prior = recipe.prior.model_copy(
-        update={
-            "prompt": "auto"
-            if len({class_prompt(s.template, s.noun) for s in subjects}) > 1
-            else pick("prior.prompt", recipe.prior.prompt, prior_prompt, "the template without the token"),
-            "sampler_steps": pick(
-                "prior.sampler_steps",
-                recipe.prior.sampler_steps,
-                defaults.sampler_steps,
-                "enough for DPM-Solver++",
-            ),
-            "guidance": pick("prior.guidance", recipe.prior.guidance, defaults.guidance, by_family),
-        }
-    )
-    images = recipe.images.model_copy(
-        update={
-            "resolution": pick(
-                "images.resolution",
-                recipe.images.resolution,
-                defaults.resolution_px,
-                "what the base was trained at",
-            )
-        }
-    )
-    precision = pick("memory.precision", recipe.memory.precision, *native_precision(device))
-    memory = recipe.memory.model_copy(
-        update={
-            "precision": precision,
-            "attention": pick("memory.attention", recipe.memory.attention, "sdpa", "torch's own kernels"),
-            "base_precision": pick(
-                "memory.base_precision", recipe.memory.base_precision, precision, "same as memory.precision"
-            ),
-        }
-    )
-    return Resolved(
-        recipe.model_copy(
-            update={
-                "model": model,
-                "subjects": subjects,
-                "prior": prior,
-                "adapter": adapter,
-                "optim": optim,
-                "images": images,
-                "memory": memory,
-            }
+    return given.model_copy(update=adapter_update), optim.model_copy(update=optim_update)
+
+
+def _prior(
+    given: PriorSection,
+    subjects: Sequence[SubjectSection],
+    defaults: Defaults,
+    by_family: str,
+    pick: _Picker,
+) -> PriorSection:
+    prompts = list(dict.fromkeys(class_prompt(subject.template, subject.noun) for subject in subjects))
+    update = {
+        "sampler_steps": pick(
+            "prior.sampler_steps", given.sampler_steps, defaults.sampler_steps, "enough for DPM-Solver++"
         ),
-        tuple(choices),
-    )
+        "guidance": pick("prior.guidance", given.guidance, defaults.guidance, by_family),
+    }
+    if len(prompts) == 1:  # with several classes "auto" stays: each subject has its own class prompt
+        update["prompt"] = pick("prior.prompt", given.prompt, prompts[0], "the template without the token")
+    return given.model_copy(update=update)
 
 
 def native_precision(device: Device) -> tuple[str, str]:
