@@ -227,7 +227,7 @@ class StableDiffusion:
 
 POCKET_ID = "pocket"
 # The embedded base is a thousandth of SD's size: it wants a higher rate and less guidance, and learns sooner.
-# Found by the runs that benchmarks/pocket_base.py and the demo are made of.
+# Rate and steps are those that learned the demo's mug on attention alone; guidance: see the base's card.
 POCKET_DEFAULTS = Defaults(
     resolution_px=64,
     learning_rate=1e-3,
