@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorabooth import durable
 from lorabooth.adapters import formats
-from lorabooth.adapters.header import Entry, Header, read_header
+from lorabooth.checkpoints.header import Entry, Header, read_header
 from lorabooth.errors import AdapterError
 
 if TYPE_CHECKING:

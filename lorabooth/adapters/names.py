@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from types import MappingProxyType
 
+from lorabooth.checkpoints import ldm
 from lorabooth.errors import AdapterError
 
 COMPONENTS = ("denoiser", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -51,27 +52,8 @@ KOHYA_PREFIXES = MappingProxyType(
 )
 """Family -> component -> prefix of kohya's names; readers such as A1111 want exactly these."""
 
-# SDXL's UNet in the original (LDM) naming, which kohya trains on: two layers a block and a sampler between.
-_RESNET_TO_LDM = MappingProxyType(
-    {
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "conv2": "out_layers.3",
-        "conv_shortcut": "skip_connection",
-    }
-)
-_TOP_TO_LDM = MappingProxyType(
-    {
-        "conv_in": "input_blocks.0.0",
-        "conv_out": "out.2",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-    }
-)
-_LDM_TO_RESNET = MappingProxyType({v.replace(".", "_"): k for k, v in _RESNET_TO_LDM.items()})
-_LDM_TO_TOP = MappingProxyType({v.replace(".", "_"): k for k, v in _TOP_TO_LDM.items()})
+_LDM_TO_RESNET = MappingProxyType({joined.replace(".", "_"): joined for joined in ldm.RESNET_FROM_LDM})
+_LDM_TO_TOP = MappingProxyType({joined.replace(".", "_"): joined for joined in ldm.TOP_FROM_LDM})
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -130,8 +112,7 @@ def kohya_name(module: str, family: str) -> str:
     prefix = KOHYA_PREFIXES[family].get(component)
     if prefix is None:
         raise AdapterError(f"Family {family!r} has no {component!r}, so {module!r} has no kohya name.")
-    spelled = _to_ldm(path) if family == "sdxl" and component == "denoiser" else path
-    name = prefix + spelled.replace(".", "_")
+    name = prefix + _spelled(path, component, family).replace(".", "_")
     if module_from_kohya(name) != module:
         raise AdapterError(f"The kohya name of {module!r} would not be readable again, so it is not written.")
     return name
@@ -162,62 +143,25 @@ def _unjoin(name: str) -> str | None:
     return ".".join(parts) if parts and not name.endswith("_") else None
 
 
-def _to_ldm(path: str) -> str:
-    """Diffusers' SDXL UNet path -> LDM path."""
-    if path in _TOP_TO_LDM:
-        return _TOP_TO_LDM[path]
-    if match := re.fullmatch(r"mid_block\.resnets\.([01])\.(\w+)", path):
-        return f"middle_block.{2 * int(match[1])}.{_resnet_to_ldm(path, match[2])}"
-    if match := re.fullmatch(r"mid_block\.attentions\.0\.(.+)", path):
-        return f"middle_block.1.{match[1]}"
-    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", path):
-        down, block, layer = match[1] == "down", int(match[2]), int(match[4])
-        if layer < (2 if down else 3):
-            stem = f"input_blocks.{3 * block + layer + 1}" if down else f"output_blocks.{3 * block + layer}"
-            return (
-                f"{stem}.0.{_resnet_to_ldm(path, match[5])}"
-                if match[3] == "resnets"
-                else f"{stem}.1.{match[5]}"
-            )
-    if match := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", path):
-        return f"input_blocks.{3 * int(match[1]) + 3}.0.op"
-    if match := re.fullmatch(r"up_blocks\.([01])\.upsamplers\.0\.conv", path):
-        return f"output_blocks.{3 * int(match[1]) + 2}.2.conv"
-    raise AdapterError(f"{path!r} is not a module of SDXL's UNet, so it has no name in its original layout.")
-
-
-def _resnet_to_ldm(path: str, leaf: str) -> str:
-    if leaf not in _RESNET_TO_LDM:
+def _spelled(path: str, component: str, family: str) -> str:
+    """The path that kohya's names follow: SDXL's UNet has its original (LDM) one, all else diffusers'."""
+    if family != "sdxl" or component != "denoiser":
+        return path
+    original = ldm.sdxl_unet_to_ldm(path)
+    if original is None:
         raise AdapterError(
             f"{path!r} is not a module of SDXL's UNet, so it has no name in its original layout."
         )
-    return _RESNET_TO_LDM[leaf]
+    return original
 
 
 def _from_ldm(name: str) -> str | None:
-    """Underscore-joined LDM name -> diffusers' SDXL UNet path; None when it is not one."""
+    """Underscore-joined LDM name -> diffusers' UNet path; None when it is not one."""
     if name in _LDM_TO_TOP:
-        return _LDM_TO_TOP[name]
-    match = re.fullmatch(r"(?:(input|output)_blocks_(\d+)|(middle)_block)_(\d+)_(.+)", name)
+        return ldm.unet_from_ldm(_LDM_TO_TOP[name])
+    match = re.fullmatch(r"((?:input|output)_blocks_\d+|middle_block)_(\d+)_(.+)", name)
     if match is None:
         return None
-    side, part, leaf = match[1] or match[3], int(match[4]), match[5]
-    tail = _unjoin(leaf)
-    if side == "middle":
-        if part == 1:
-            return f"mid_block.attentions.0.{tail}" if tail else None
-        resnet = _LDM_TO_RESNET.get(leaf)
-        return f"mid_block.resnets.{part // 2}.{resnet}" if part in (0, 2) and resnet else None
-    index = int(match[2]) - (1 if side == "input" else 0)
-    if index < 0:
-        return None
-    block, layer = divmod(index, 3)
-    stem = f"{'down' if side == 'input' else 'up'}_blocks.{block}"
-    if side == "input" and layer == 2:
-        return f"{stem}.downsamplers.0.conv" if part == 0 and leaf == "op" else None
-    if side == "output" and leaf == "conv":
-        return f"{stem}.upsamplers.0.conv" if layer == 2 and part in (1, 2) else None
-    if part == 0:
-        resnet = _LDM_TO_RESNET.get(leaf)
-        return f"{stem}.resnets.{layer}.{resnet}" if resnet else None
-    return f"{stem}.attentions.{layer}.{tail}" if part == 1 and tail else None
+    leaf = match[3] if match[3] == "op" else _LDM_TO_RESNET.get(match[3]) or _unjoin(match[3])
+    stem = match[1].replace("blocks_", "blocks.")
+    return ldm.unet_from_ldm(f"{stem}.{match[2]}.{leaf}") if leaf else None
