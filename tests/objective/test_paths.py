@@ -42,7 +42,11 @@ def test_discrete_path_equals_diffusers_at_every_timestep(schedule, prediction, 
     assert path.prediction == prediction
     assert noised.level is level
     abar = scheduler.alphas_cumprod.double()
-    torch.testing.assert_close(noised.snr[:-1].double(), (abar / (1 - abar))[:-1], rtol=2e-3, atol=1e-6)
+    # The float32 product is off by a few units in its last place, which 1 / (1 - abar) magnifies near t = 0:
+    # so the two are compared as abar and as 1 - abar.
+    snr = noised.snr.double()
+    torch.testing.assert_close(snr / (1 + snr), abar, rtol=1e-4, atol=5e-7)
+    torch.testing.assert_close(1 / (1 + snr), 1 - abar, rtol=1e-4, atol=5e-7)
     assert noised.snr.isfinite().all()
     if zero_snr:
         assert noised.snr[-1] == 0
