@@ -1,4 +1,4 @@
-"""One adapter file: strict loading, atomic saving, metadata that is true and private.
+"""One adapter file: strict loading, atomic saving.
 
 Files are .safetensors in the layout that other tools open (formats.py); same input, same bytes.
 """
@@ -6,32 +6,23 @@ Files are .safetensors in the layout that other tools open (formats.py); same in
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lorabooth import durable
 from lorabooth.adapters import formats
-from lorabooth.checkpoints.header import Entry, Header, read_header
+from lorabooth.adapters.metadata import Metadata
+from lorabooth.adapters.stored import open_file
 from lorabooth.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["FORMAT_VERSION", "AdapterFile", "Entry", "Header", "Metadata", "read", "read_header", "write"]
-
-FORMAT_VERSION = "1"
-MAX_RANK = 4096
-
-_PREFIX = "lorabooth."
-_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-# /home/x, ~/x, C:\x, \\server\x, file:///x: at the beginning of a value or of a word in it.
-_LOOKS_LIKE_PATH = re.compile(r"""(?:^|[\s"'=(\[,;])(?:/[^\s/]|~[/\\]|[A-Za-z]:[\\/]|\\\\|file:)""")
 # kohya's sd-scripts, library/model_util.py; A1111 tells SD1 from SD2 by "ss_v2". SD2's version string would
 # also say epsilon or v-prediction, which the metadata does not know, so it is left out.
 _KOHYA_FAMILY = MappingProxyType(
@@ -46,80 +37,6 @@ _MODELSPEC_ARCHITECTURE = MappingProxyType(
     {"sd1": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
 )
 _POCKET = "pocket"
-
-
-@dataclass(frozen=True, slots=True)
-class Metadata:
-    """What an adapter file says about itself. Empty strings and zeros: not known (a foreign file).
-
-    Attributes:
-        family: of base models it fits, e.g. "sd1".
-        base_id: the base it was trained on: a hub id or a name; never a path.
-        base_sha256: digest of that base's denoiser weights.
-        rank: of the denoiser's modules (the most frequent).
-        alpha: of the denoiser's modules (the most frequent); the scale is alpha / rank.
-        targets: preset that was trained, e.g. "attn".
-        trigger_words: phrases that call the subject, e.g. ("sks dog",).
-        steps: optimizer steps it was trained for.
-        lorabooth_version: of the program that wrote it.
-        format_version: of this table.
-    """
-
-    family: str = ""
-    base_id: str = ""
-    base_sha256: str = ""
-    rank: int = 0
-    alpha: float = 0.0
-    targets: str = ""
-    trigger_words: tuple[str, ...] = ()
-    steps: int = 0
-    lorabooth_version: str = ""
-    format_version: str = FORMAT_VERSION
-
-    def to_dict(self) -> dict[str, str]:
-        """Header entries, strings only, keys `lorabooth.<field>`.
-
-        Raises:
-            AdapterError: a value looks like a file path; paths tell names and places.
-        """
-        out: dict[str, str] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            text = json.dumps(list(value), ensure_ascii=False) if isinstance(value, tuple) else str(value)
-            if _LOOKS_LIKE_PATH.search(text):
-                raise AdapterError(
-                    f"The adapter's metadata {field.name!r} would hold a file path ({text}).",
-                    "Adapter files are shared: give a name instead of a path.",
-                )
-            out[_PREFIX + field.name] = text
-        return out
-
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, str]) -> Metadata:
-        """Read header entries; those that are absent (foreign files) keep their defaults.
-
-        Raises:
-            AdapterError: an entry is malformed, or the format is newer than this program knows.
-        """
-        known = {f.name: entries[_PREFIX + f.name] for f in fields(cls) if _PREFIX + f.name in entries}
-        if known.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise AdapterError(
-                f"The adapter file is of format {known['format_version']}; this is {FORMAT_VERSION}.",
-                "Update lorabooth.",
-            )
-        try:
-            words = json.loads(known.get("trigger_words", "[]"))
-            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-                raise ValueError("trigger_words is not a list of strings")
-            return cls(
-                rank=int(known.pop("rank", 0)),
-                alpha=float(known.pop("alpha", 0.0)),
-                steps=int(known.pop("steps", 0)),
-                trigger_words=tuple(words),
-                **{key: value for key, value in known.items() if key != "trigger_words"},
-            )
-        except (ValueError, RecursionError) as error:
-            raise AdapterError(f"The adapter file's metadata is malformed: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -177,51 +94,18 @@ def write(
 
 
 def read(path: Path, *, component: str = "denoiser", config: str = "") -> AdapterFile:
-    """Load an adapter of any known layout; the header is checked before anything is allocated.
+    """Load an adapter file of any known layout; the header is checked before anything is allocated.
 
     Args:
         path: a .safetensors file.
         component: whose adapter it is, if it is in PEFT's layout, which does not say.
-        config: text of PEFT's adapter_config.json, if it is in PEFT's layout (see peft_folder.read_peft).
+        config: text of PEFT's adapter_config.json, if it is in PEFT's layout.
 
     Raises:
         AdapterError: unreadable, pickled, broken, not a LoRA, too large a rank, or non-finite numbers.
     """
-    path = Path(path)
-    checked = read_header(path)
-    layout = formats.detect(checked.entries)
-    for key, entry in checked.entries.items():
-        if entry.dtype not in _FLOAT_DTYPES:
-            raise AdapterError(
-                f"{path.name}: tensor {key!r} has dtype {entry.dtype}; adapters hold floating point numbers."
-            )
-        if len(entry.shape) > 1 and min(entry.shape[:2]) > MAX_RANK:
-            raise AdapterError(
-                f"{path.name}: tensor {key!r} has a rank above {MAX_RANK} ({list(entry.shape)})."
-            )
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(path)
-    require_finite(tensors, path.name)
-    entries = {**checked.metadata, "adapter_config": config} if config else checked.metadata
-    imported = formats.import_(tensors, layout, entries, component)
-    return AdapterFile(
-        imported.tensors, _complete(checked.metadata, imported.tensors), layout, imported.notes
-    )
-
-
-def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        AdapterError: names the first tensors that hold them.
-    """
-    bad = [key for key, tensor in tensors.items() if not bool(tensor.detach().float().isfinite().all())]
-    if bad:
-        raise AdapterError(
-            f"{where}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity, e.g. {bad[0]!r}.",
-            "Such an adapter gives black images; use an earlier checkpoint.",
-        )
+    stored = open_file(Path(path), component=component, config=config)
+    return AdapterFile(stored.tensors(), stored.metadata, stored.layout, stored.notes)
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> None:
@@ -258,7 +142,7 @@ def prepare(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> 
         .contiguous()
         for key, tensor in tensors.items()
     }
-    require_finite(ready, "The adapter cannot be saved")
+    formats.require_finite(ready, "The adapter cannot be saved")
     return ready
 
 
@@ -278,12 +162,3 @@ def _kohya_entries(modules: Mapping[str, tuple[int, float]], metadata: Metadata)
             out["modelspec.architecture"] = architecture
             out["modelspec.title"] = ", ".join(metadata.trigger_words) or "LoRA"
     return out
-
-
-def _complete(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Metadata:
-    """Metadata with rank and alpha read from the tensors."""
-    modules = formats.ranks_and_alphas(tensors)
-    denoiser = {key: value for key, value in modules.items() if key.startswith("denoiser.")} or modules
-    values = list(denoiser.values())
-    rank, alpha = max(values, key=values.count)
-    return replace(Metadata.from_dict(entries), rank=rank, alpha=alpha)

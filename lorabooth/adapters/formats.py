@@ -14,61 +14,36 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lorabooth.adapters import lora_config, names
+from lorabooth.adapters import layouts, lora_config, names
 from lorabooth.errors import AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LAYOUTS = ("kohya", "diffusers", "peft")
+_KOHYA_SUFFIXES = MappingProxyType({kind: suffix for suffix, kind in layouts.KOHYA_KINDS.items()})
 
-_KOHYA_KINDS = MappingProxyType({"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "alpha": "alpha"})
-_KOHYA_SUFFIXES = MappingProxyType({kind: suffix for suffix, kind in _KOHYA_KINDS.items()})
-# Longest first; ".lora.down" and ".lora_linear_layer.down" are what diffusers' training scripts still write.
-_DOTTED_KINDS = MappingProxyType(
-    {
-        ".lora_linear_layer.down.weight": "lora_A",
-        ".lora_linear_layer.up.weight": "lora_B",
-        ".lora_A.default.weight": "lora_A",
-        ".lora_B.default.weight": "lora_B",
-        ".lora.down.weight": "lora_A",
-        ".lora.up.weight": "lora_B",
-        ".lora_A.weight": "lora_A",
-        ".lora_B.weight": "lora_B",
-        ".alpha": "alpha",
-    }
-)
-# diffusers before 0.22: "...attn1.processor.to_q_lora.down.weight", and "...self_attn.to_q_lora.down.weight".
-_OLD_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
-_UNET_TOPS = (
-    "down_blocks.",
-    "mid_block.",
-    "up_blocks.",
-    "conv_in.",
-    "conv_out.",
-    "time_embedding.",
-    "add_embedding.",
-)
-_PEFT_PREFIX = "base_model.model."
-_NOT_LORA = MappingProxyType(
-    {
-        "hada_w1_a": "a LoHa (LyCORIS) adapter",
-        "lokr_w": "a LoKr (LyCORIS) adapter",
-        "dora_scale": "a DoRA adapter",
-        "lora_magnitude_vector": "a DoRA adapter",
-        "lora_mid": "a Tucker-decomposed (LyCORIS) adapter",
-        "model.diffusion_model.": "a whole checkpoint",
-        "string_to_param": "a textual inversion embedding",
-        "emb_params": "a textual inversion embedding",
-    }
-)
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which part of a stored tensor a canonical tensor is.
+
+    Attributes:
+        key: the stored tensor's name.
+        rows: [begin, end) of its first dimension; None for all of it.
+    """
+
+    key: str
+    rows: tuple[int, int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of the stored tensor, a view."""
+        return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
 
 @dataclass(frozen=True)
@@ -83,24 +58,6 @@ class Imported:
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
-
-
-def detect(keys: Collection[str]) -> str:
-    """The layout that tensor names are in: "kohya", "diffusers" or "peft".
-
-    Raises:
-        AdapterError: the names are of none; says what they look like instead.
-    """
-    for mark, kind in _NOT_LORA.items():
-        if any(mark in key for key in keys):
-            raise AdapterError(f"This file is {kind}, not a plain LoRA adapter, and cannot be read as one.")
-    if any(key.startswith("lora_") and key.endswith(tuple(_KOHYA_KINDS)) for key in keys):
-        return "kohya"
-    if any(key.startswith(_PEFT_PREFIX) for key in keys):
-        return "peft"
-    if any(_parse_dotted(key) is not None for key in keys):
-        return "diffusers"
-    raise AdapterError(f"No LoRA tensors are in this file; its tensors are called {_some(keys)}.")
 
 
 def export(
@@ -133,9 +90,9 @@ def export(
             elif kind != "alpha" and layout == "peft":
                 if owner != component:
                     raise AdapterError(f"A PEFT folder of {component!r} cannot hold {module!r}.")
-                out[f"{_PEFT_PREFIX}{path}.{kind}.weight"] = tensor
-            elif layout not in LAYOUTS:
-                raise AdapterError(f"{layout!r} is not a known layout ({', '.join(LAYOUTS)}).")
+                out[f"{layouts.PEFT_PREFIX}{path}.{kind}.weight"] = tensor
+            elif layout not in layouts.LAYOUTS:
+                raise AdapterError(f"{layout!r} is not a known layout ({', '.join(layouts.LAYOUTS)}).")
     return out
 
 
@@ -151,6 +108,79 @@ def export_header(tensors: Mapping[str, Tensor], layout: str) -> dict[str, str]:
     return {lora_config.HEADER_KEY: json.dumps(packed, indent=2, sort_keys=True)}
 
 
+def locate(
+    shapes: Mapping[str, tuple[int, ...]], layout: str, component: str = "denoiser"
+) -> dict[str, Part]:
+    """Where each canonical tensor is among a layout's tensors; none is ever dropped.
+
+    Args:
+        shapes: the layout's names -> shapes, as from a file's header.
+        layout: "kohya", "diffusers" or "peft", as from `layouts.detect`.
+        component: the one that a PEFT dict belongs to.
+
+    Returns:
+        Canonical name -> part, without the alphas that no tensor holds (see `complete`).
+
+    Raises:
+        AdapterError: names that do not belong to the layout.
+    """
+    out: dict[str, Part] = {}
+    unmatched: list[str] = []
+    for key in shapes:
+        parsed = layouts.parse(key, layout, component)
+        if parsed is None:
+            unmatched.append(key)
+            continue
+        name = f"{parsed[0]}.{parsed[1]}"
+        if name in out:
+            raise AdapterError(f"Two tensors of the file mean {name!r}; one is {key!r}.")
+        out[name] = Part(key)
+    if unmatched:
+        raise AdapterError(
+            f"{len(unmatched)} of the file's {len(shapes)} tensors are not known in the {layout} layout: "
+            f"{layouts.some(unmatched)}.",
+            "LoRA on linear and convolution layers of Stable Diffusion's UNet and CLIP can be read.",
+        )
+    return out
+
+
+def complete(
+    shapes: Mapping[str, tuple[int, ...]],
+    alphas: Mapping[str, float],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, tuple[int, float]], tuple[str, ...]]:
+    """Each module's rank and alpha: alpha from the file, else from its configuration, else the rank.
+
+    Args:
+        shapes: canonical tensor names -> shapes; alphas may be absent.
+        alphas: canonical module -> alpha as the file's tensors have it (NaN where it is no single number).
+        configs: component -> LoRA configuration, as from `lora_config.parse`.
+
+    Returns:
+        Canonical module -> (rank, alpha) in the order of the tensors, and sentences for the user on what had
+        to be assumed.
+
+    Raises:
+        AdapterError: a factor is missing, factors do not fit together, or an alpha is no finite number.
+    """
+    out: dict[str, tuple[int, float]] = {}
+    assumed = 0
+    for module in dict.fromkeys(names.split_key(key)[0] for key in shapes):
+        down, up = shapes.get(f"{module}.lora_A"), shapes.get(f"{module}.lora_B")
+        if down is None or up is None:
+            raise AdapterError(f"The adapter is incomplete: {module!r} has only one of its two factors.")
+        rank = rank_of(module, down, up)
+        alpha = alphas.get(module)
+        if alpha is None:
+            component, path = names.split_module(module)
+            config = configs.get(component)
+            alpha = lora_config.alpha_of(config, component, path, rank) if config is not None else None
+            assumed += alpha is None
+        out[module] = (rank, checked_alpha(module, float(rank) if alpha is None else alpha))
+    note = f"{assumed} modules carry no alpha; it is taken as their rank, as diffusers and kohya's tools do."
+    return out, (note,) if assumed else ()
+
+
 def import_(
     tensors: Mapping[str, Tensor],
     layout: str,
@@ -161,31 +191,29 @@ def import_(
 
     Args:
         tensors: by the layout's names.
-        layout: "kohya", "diffusers" or "peft", as from `detect`.
+        layout: "kohya", "diffusers" or "peft", as from `layouts.detect`.
         header: the file's string metadata; for "peft", `adapter_config` holds the configuration's JSON.
         component: the one that a PEFT dict belongs to.
 
     Raises:
         AdapterError: names that do not belong to the layout, incomplete modules, or factors that do not fit.
     """
+    import torch
+
+    parts = locate({key: tuple(value.shape) for key, value in tensors.items()}, layout, component)
+    held = {name: part.of(tensors[part.key]) for name, part in parts.items()}
+    alphas = {
+        name.removesuffix(".alpha"): float(value) if value.numel() == 1 else math.nan
+        for name, value in held.items()
+        if name.endswith(".alpha")
+    }
+    shapes = {name: tuple(value.shape) for name, value in held.items()}
+    modules, notes = complete(shapes, alphas, lora_config.parse(layout, header or {}, component))
     out: dict[str, Tensor] = {}
-    unmatched: list[str] = []
-    for key, tensor in tensors.items():
-        parsed = _parse(key, layout, component)
-        if parsed is None:
-            unmatched.append(key)
-            continue
-        name = f"{parsed[0]}.{parsed[1]}"
-        if name in out:
-            raise AdapterError(f"Two tensors of the file mean {name!r}; one is {key!r}.")
-        out[name] = tensor
-    if unmatched:
-        raise AdapterError(
-            f"{len(unmatched)} of the file's {len(tensors)} tensors are not known in the {layout} layout: "
-            f"{_some(unmatched)}.",
-            "LoRA on linear and convolution layers of Stable Diffusion's UNet and CLIP can be read.",
-        )
-    return _with_alphas(out, lora_config.parse(layout, header or {}, component))
+    for module, (_, alpha) in modules.items():
+        out |= {f"{module}.{kind}": held[f"{module}.{kind}"] for kind in ("lora_A", "lora_B")}
+        out[f"{module}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return Imported(out, notes)
 
 
 def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
@@ -203,9 +231,9 @@ def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, floa
         if missing := sorted(set(names.KINDS) - kinds):
             raise AdapterError(f"The adapter is incomplete: {module!r} has no {', '.join(missing)}.")
         alpha = tensors[f"{module}.alpha"]
-        if alpha.numel() != 1 or not math.isfinite(float(alpha)):
-            raise AdapterError(f"The alpha of {module!r} must be one finite number.")
-        out[module] = (_rank(module, tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]), float(alpha))
+        down, up = tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]
+        value = checked_alpha(module, float(alpha) if alpha.numel() == 1 else math.nan)
+        out[module] = (rank_of(module, tuple(down.shape), tuple(up.shape)), value)
     return out
 
 
@@ -232,87 +260,40 @@ def level_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _rank(module: str, down: Tensor, up: Tensor) -> int:
-    a, b = tuple(down.shape), tuple(up.shape)
-    fits = len(a) == len(b) and len(a) in (2, 4) and min(*a, *b) > 0 and a[0] == b[1]
-    if not fits or b[2:] not in ((), (1, 1)):
+def rank_of(module: str, down: tuple[int, ...], up: tuple[int, ...]) -> int:
+    """The inner dimension of two factors' shapes.
+
+    Raises:
+        AdapterError: the factors do not fit together.
+    """
+    fits = len(down) == len(up) and len(down) in (2, 4) and min(*down, *up) > 0 and down[0] == up[1]
+    if not fits or up[2:] not in ((), (1, 1)):
         raise AdapterError(
-            f"The factors of {module!r} do not fit together: lora_A {list(a)}, lora_B {list(b)}."
+            f"The factors of {module!r} do not fit together: lora_A {list(down)}, lora_B {list(up)}."
         )
-    return a[0]
+    return down[0]
 
 
-def _parse(key: str, layout: str, component: str) -> tuple[str, str] | None:
-    """A foreign tensor's (canonical module, kind), or None."""
-    if layout == "kohya":
-        name, _, suffix = key.partition(".")
-        module = names.module_from_kohya(name)
-        return (module, _KOHYA_KINDS[suffix]) if module and suffix in _KOHYA_KINDS else None
-    if layout == "peft":
-        parsed = _parse_suffix(key.removeprefix(_PEFT_PREFIX)) if key.startswith(_PEFT_PREFIX) else None
-        return (_module(component, parsed[0]), parsed[1]) if parsed else None
-    if layout == "diffusers":
-        return _parse_dotted(key)
-    raise AdapterError(f"{layout!r} is not a known layout ({', '.join(LAYOUTS)}).")
+def checked_alpha(module: str, alpha: float) -> float:
+    """The alpha, if it is a finite number.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    if not math.isfinite(alpha):
+        raise AdapterError(f"The alpha of {module!r} must be one finite number.")
+    return alpha
 
 
-def _parse_dotted(key: str) -> tuple[str, str] | None:
-    """Diffusers' spellings: `unet.` or another component first; a bare UNet path is the denoiser's."""
-    prefix, _, rest = key.partition(".")
-    component = lora_config.COMPONENTS.get(prefix)
-    if component is None:
-        component, rest = ("denoiser", key) if key.startswith(_UNET_TOPS) else (None, "")
-    parsed = _parse_suffix(rest)
-    return (_module(component, parsed[0]), parsed[1]) if component and parsed else None
+def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse NaN and infinity.
 
-
-def _parse_suffix(rest: str) -> tuple[str, str] | None:
-    """`<path><suffix>` -> (path, kind)."""
-    if match := _OLD_PROCESSOR.fullmatch(rest):
-        stem, leaf, side = match[1], match[2], match[3]
-        clip = stem.endswith("self_attn")
-        named = f"{leaf}_proj" if clip else ("to_out.0" if leaf == "out" else f"to_{leaf}")
-        return f"{stem}.{named}", "lora_A" if side == "down" else "lora_B"
-    for suffix, kind in _DOTTED_KINDS.items():
-        if rest.endswith(suffix) and len(rest) > len(suffix):
-            return rest.removesuffix(suffix), kind
-    return None
-
-
-def _module(component: str, path: str) -> str:
-    module = f"{component}.{names.canonical_path(component, path)}"
-    names.split_module(module)
-    return module
-
-
-def _with_alphas(tensors: dict[str, Tensor], configs: Mapping[str, Mapping[str, Any]]) -> Imported:
-    """Add each module's alpha: from the file, else its configuration, else the rank; check completeness."""
-    import torch
-
-    out: dict[str, Tensor] = {}
-    assumed = 0
-    for module in dict.fromkeys(names.split_key(key)[0] for key in tensors):
-        down, up = tensors.get(f"{module}.lora_A"), tensors.get(f"{module}.lora_B")
-        if down is None or up is None:
-            raise AdapterError(f"The adapter is incomplete: {module!r} has only one of its two factors.")
-        rank = _rank(module, down, up)
-        alpha = tensors.get(f"{module}.alpha")
-        if alpha is None:
-            component, path = names.split_module(module)
-            found = (
-                lora_config.alpha_of(configs[component], component, path, rank)
-                if component in configs
-                else None
-            )
-            assumed += found is None
-            alpha = torch.tensor(float(rank) if found is None else found, dtype=torch.float32)
-        out |= {f"{module}.lora_A": down, f"{module}.lora_B": up}
-        out[f"{module}.alpha"] = alpha.reshape(()).to(torch.float32) if alpha.numel() == 1 else alpha
-    ranks_and_alphas(out)
-    note = f"{assumed} modules carry no alpha; it is taken as their rank, as diffusers and kohya's tools do."
-    return Imported(out, (note,) if assumed else ())
-
-
-def _some(keys: Collection[str], limit: int = 5) -> str:
-    listed = ", ".join(repr(key) for key in list(keys)[:limit])
-    return f"{listed} and {len(keys) - limit} more" if len(keys) > limit else listed
+    Raises:
+        AdapterError: names the first tensors that hold them.
+    """
+    bad = [key for key, tensor in tensors.items() if not bool(tensor.detach().float().isfinite().all())]
+    if bad:
+        raise AdapterError(
+            f"{where}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity, e.g. {bad[0]!r}.",
+            "Such an adapter gives black images; use an earlier checkpoint.",
+        )

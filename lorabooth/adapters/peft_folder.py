@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from lorabooth import durable
 from lorabooth.adapters import file, formats, lora_config, names
-from lorabooth.adapters.file import AdapterFile, Metadata
-from lorabooth.errors import AdapterError, RecipeError
+from lorabooth.adapters.folders import CONFIG_NAME, WEIGHTS_NAME
+from lorabooth.adapters.metadata import Metadata
+from lorabooth.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 10_000_000
 
 
 def export_peft(
@@ -67,27 +64,6 @@ def export_peft(
         file.save_safetensors(target / WEIGHTS_NAME, weights, entries)
         durable.save(target / CONFIG_NAME, text.encode())
     return out
-
-
-def read_peft(folder: Path, component: str = "denoiser") -> AdapterFile:
-    """Read one PEFT folder as the adapter of a component.
-
-    Raises:
-        AdapterError: not a LoRA folder, broken, or options that a plain LoRA does not have.
-    """
-    folder = Path(folder)
-    try:
-        if (folder / CONFIG_NAME).stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{folder / CONFIG_NAME} is larger than any LoRA configuration.")
-        text = (folder / CONFIG_NAME).read_text("utf-8")
-        config = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(
-            f"{folder} is not a PEFT folder: {error}.", f"It must hold {CONFIG_NAME} and {WEIGHTS_NAME}."
-        ) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{folder / CONFIG_NAME} does not describe a LoRA.")
-    return file.read(folder / WEIGHTS_NAME, component=component, config=text)
 
 
 _CONSTANT_CONFIG: Mapping[str, Any] = {

@@ -1,1 +1,1 @@
-"""Weight files of base models and adapters as streams of bytes: what is in them, where, and rewriting them."""
+"""Weight files of base models and adapters as bytes: what is in them, where, and rewriting them."""

@@ -33,8 +33,8 @@ DTYPE_BYTES = MappingProxyType(
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b")
 HOW_TO_CONVERT = (
-    "Such a file can run code when opened. Get its .safetensors version; or, if you trust its source, convert it "
-    "on a machine that holds nothing of value: "
+    "Such a file can run code when opened. Get its .safetensors version; or, if you trust its source, "
+    "convert it on a machine that holds nothing of value: "
     'd = torch.load("OLD", weights_only=True, map_location="cpu"); d = d.get("state_dict", d); '
     'safetensors.torch.save_file({k: v.contiguous() for k, v in d.items()}, "NEW.safetensors").'
 )
@@ -73,8 +73,8 @@ def read_header(path: Path, failure: Failure = AdapterError) -> Header:
         failure: what is raised, by what the file should be.
 
     Raises:
-        AdapterError or BaseModelError: absent, a pickle, truncated, or a header that does not describe exactly
-            this file.
+        AdapterError or BaseModelError: absent, a pickle, truncated, or a header that does not describe
+            exactly this file.
     """
     path = Path(path)
     pickled = failure(f"{path.name} is a pickled checkpoint, which is never opened.", HOW_TO_CONVERT)
@@ -178,4 +178,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
-

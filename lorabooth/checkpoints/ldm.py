@@ -105,9 +105,7 @@ def places(key: str, layers: int = 2) -> tuple[Place, ...]:
         if key.startswith(prefix):
             rest = key.removeprefix(prefix)
             found = _openclip(rest) if openclip else _clip(rest)
-            return tuple(
-                Place(f"{component}.{place.name}", place.third, place.transposed) for place in found
-            )
+            return tuple(Place(f"{component}.{place.name}", place.third, place.transposed) for place in found)
     return ()
 
 
@@ -176,8 +174,6 @@ def _openclip(rest: str) -> tuple[Place, ...]:
         return ()
     stem, part, leaf = f"text_model.encoder.layers.{match[1]}", match[2], match[3]
     if part == "attn.in_proj":
-        return tuple(
-            Place(f"{stem}.self_attn.{name}_proj.{leaf}", third) for third, name in enumerate("qkv")
-        )
+        return tuple(Place(f"{stem}.self_attn.{name}_proj.{leaf}", third) for third, name in enumerate("qkv"))
     ours = _OPENCLIP_LAYER.get(part)
     return (Place(f"{stem}.{ours}.{leaf}"),) if ours else ()

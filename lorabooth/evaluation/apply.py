@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lorabooth.adapters import file, inject
+from lorabooth.adapters import inject
+from lorabooth.adapters.metadata import Metadata
+from lorabooth.adapters.stored import open_adapter
 from lorabooth.adapters.tree import attached_names
 from lorabooth.errors import AdapterError
 
@@ -32,7 +34,7 @@ class AdapterHandle:
     """
 
     name: str
-    metadata: file.Metadata
+    metadata: Metadata
     notes: tuple[str, ...]
     n_modules: int
     _components: Mapping[str, nn.Module]
@@ -78,23 +80,10 @@ def attach_file(
     components: Mapping[str, nn.Module], path: Path, strength: float, name: str | None = None
 ) -> AdapterHandle:
     """As `load_adapter`, on components by canonical name."""
-    read = read_adapter(path)
+    stored = open_adapter(path)
     unique = name or _free_name(path, attached_names(components))
-    attached = inject.attach_tensors(components, read.tensors, strength=strength, name=unique)
-    return AdapterHandle(unique, read.metadata, read.notes, attached.n_modules, components)
-
-
-def read_adapter(path: Path) -> file.AdapterFile:
-    """Read an adapter file, or a folder saved by PEFT.
-
-    Raises:
-        AdapterError: absent, broken, or no adapter.
-    """
-    if path.is_dir():
-        from lorabooth.adapters.peft_folder import read_peft
-
-        return read_peft(path)
-    return file.read(path)
+    attached = inject.attach_tensors(components, stored.tensors(), strength=strength, name=unique)
+    return AdapterHandle(unique, stored.metadata, stored.notes, attached.n_modules, components)
 
 
 def components_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

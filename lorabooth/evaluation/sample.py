@@ -105,13 +105,14 @@ def sample(
         RecipeError: nothing to draw, or the folder holds other images of the same names.
         BaseModelError, AdapterError, OutOfMemoryError: see there.
     """
-    from lorabooth.evaluation.apply import attach_file, read_adapter
+    from lorabooth.adapters.stored import open_adapter
+    from lorabooth.evaluation.apply import attach_file
     from lorabooth.families import registry, source
 
     reporter = reporter or Silent()
     shots = plan_shots(prompts, seeds, strengths, bool(adapters))
     for path, _ in adapters:
-        read_adapter(Path(path))
+        open_adapter(Path(path)).tensors()  # before the base is loaded: broken files and NaN
     found = source.resolve(str(base), reporter=reporter)
     family = registry.family(found.family)
     defaults = family.defaults_for(found)

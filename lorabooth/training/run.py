@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from lorabooth.adapters import file as adapter_file
 from lorabooth.adapters import inject
+from lorabooth.adapters.metadata import Metadata
 from lorabooth.data import images as data_images
 from lorabooth.data.cache import Store, default_root
 from lorabooth.errors import RecipeError
@@ -268,9 +269,9 @@ def _previews(
     )
 
 
-def _metadata(setting: Setting) -> adapter_file.Metadata:
+def _metadata(setting: Setting) -> Metadata:
     recipe, source = setting.recipe, setting.parts.source
-    return adapter_file.Metadata(
+    return Metadata(
         family=source.family,
         base_id=source.base_id,
         base_sha256=source.sha256,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorabooth.adapters import formats, lora_config
+from lorabooth.adapters import formats, layouts, lora_config
 from lorabooth.errors import AdapterError
 
 number = st.integers(0, 12).map(str)
@@ -110,7 +110,7 @@ FAMILIES = {
 def test_export_import_is_the_identity(layout, family, data):
     tensors = data.draw(adapters(family, FAMILIES[family]))
     foreign = formats.export(tensors, layout, family)
-    assert formats.detect(foreign) == layout
+    assert layouts.detect(foreign) == layout
     header = json.loads(json.dumps(formats.export_header(tensors, layout)))
     back = formats.import_(foreign, layout, header)
     assert same(back.tensors, tensors)
@@ -123,7 +123,7 @@ def test_export_import_is_the_identity(layout, family, data):
 def test_peft_is_the_identity(component, data):
     tensors = data.draw(adapters("sd1", (component,)))
     foreign = formats.export(tensors, "peft", "sd1", component)
-    assert formats.detect(foreign) == "peft"
+    assert layouts.detect(foreign) == "peft"
     config = json.dumps(lora_config.build(formats.ranks_and_alphas(tensors), component))
     assert same(formats.import_(foreign, "peft", {"adapter_config": config}, component).tensors, tensors)
 
@@ -153,7 +153,7 @@ def factors(rank: int = 2) -> tuple[Tensor, Tensor]:
 def test_older_diffusers_spellings(spelling, module):
     down, up = factors()
     foreign = {spelling.format("down"): down, spelling.format("up"): up}
-    assert formats.detect(foreign) == "diffusers"
+    assert layouts.detect(foreign) == "diffusers"
     got = formats.import_(foreign, "diffusers")
     stem = f"denoiser.down_blocks.0.attentions.0.transformer_blocks.0.{module}"
     assert list(got.tensors) == [f"{stem}.lora_A", f"{stem}.lora_B", f"{stem}.alpha"]
@@ -253,4 +253,4 @@ def test_nothing_is_dropped_silently():
 )
 def test_detect_says_what_it_is_instead(key, word):
     with pytest.raises(AdapterError, match=word):
-        formats.detect([key])
+        layouts.detect([key])

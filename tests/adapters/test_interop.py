@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lorabooth.adapters import file, inject, peft_folder
-from lorabooth.adapters.file import Metadata
+from lorabooth.adapters.folders import open_folder
+from lorabooth.adapters.metadata import Metadata
 from lorabooth.errors import AdapterError
 from tests.adapters.conftest import ATTENTION, EVERYTHING, Base, difference, outputs
 
@@ -131,9 +132,9 @@ def test_peft_folder_opens_in_peft(base, trained, tmp_path, mixed):
     assert_close(outputs({name: model.base_model.model for name, model in opened.items()}), expected)
     back = {}
     for name, folder in folders.items():
-        got = peft_folder.read_peft(folder, name)
+        got = open_folder(folder, name)
         assert got.notes == ()
-        back |= got.tensors
+        back |= got.tensors()
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[k], tensors[k]) for k in back)
 
@@ -150,19 +151,19 @@ def test_folder_that_peft_saved(base, tmp_path):
     fill_up(model)
     expected = outputs(components)
     model.save_pretrained(tmp_path)
-    got = peft_folder.read_peft(tmp_path)
+    got = open_folder(tmp_path)
     fresh = base.load()
-    inject.attach_tensors(fresh, got.tensors)
+    inject.attach_tensors(fresh, got.tensors())
     assert_close(outputs(fresh), expected)
 
 
 def test_folders_that_are_no_lora(tmp_path):
-    with pytest.raises(AdapterError, match="not a PEFT folder"):
-        peft_folder.read_peft(tmp_path)
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        open_folder(tmp_path)
     for text in ("{", "[]", '{"peft_type": "LOHA"}'):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(AdapterError):
-            peft_folder.read_peft(tmp_path)
+            open_folder(tmp_path)
 
 
 def fill_up(model):
