@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lorabooth.errors import RecipeError, TrainingError
@@ -43,8 +47,72 @@ def save(path: Path, *chunks: bytes) -> None:
         RecipeError: the file cannot be written there.
         TrainingError: the disk is full.
     """
-    try:
+    with user_errors(path):
         replace(path, *chunks)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A path beside a target, for a file or a folder that is put in its place when the block ends well.
+
+    A file comes in one step; a folder that is there already is moved aside, and back if that fails. After an
+    exception, and after Ctrl-C, nothing is left; what a killed process left is removed by the next one.
+
+    Args:
+        target: where the result goes; what is there is replaced. Its parent folder must exist.
+
+    Raises:
+        OSError: as the file system does.
+    """
+    sweep(target)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        yield beside
+        if beside.is_dir():
+            sync_tree(beside)
+            if target.exists():
+                target.rename(aside)
+            try:
+                beside.rename(target)
+            except OSError:
+                if aside.exists():
+                    aside.rename(target)
+                raise
+        else:
+            sync_file(beside)
+            beside.replace(target)
+        sync_folder(target.parent)
+    finally:
+        _remove(beside)
+        _remove(aside)
+
+
+def sweep(target: Path) -> None:
+    """Remove what processes that are gone left beside a target; put back a folder that was moved aside."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(tmp|old)")
+    if not target.parent.is_dir():
+        return
+    for path in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] == "old" and not target.exists():
+            path.rename(target)
+        else:
+            _remove(path)
+
+
+@contextmanager
+def user_errors(path: Path) -> Iterator[None]:
+    """What the file system refuses, as a message to the user.
+
+    Raises:
+        RecipeError: the path cannot be written.
+        TrainingError: the disk is full.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             raise TrainingError(
@@ -53,6 +121,34 @@ def save(path: Path, *chunks: bytes) -> None:
         raise RecipeError(
             f"{path} cannot be written: {error.strerror or error}.", "Choose another output."
         ) from error
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        TrainingError: less than `needed_bytes` and a reserve of 64 MiB are free.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes + (64 << 20):
+        raise TrainingError(
+            f"{folder}: {free_bytes / 2**30:.2f} GiB are free, {needed_bytes / 2**30:.2f} GiB will be written.",
+            "Free some disk space, or write to another disk.",
+        )
+
+
+def _is_alive(pid: int) -> bool:
+    import psutil  # type: ignore[import-untyped]
+
+    return bool(psutil.pid_exists(pid))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
@@ -70,3 +166,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until every file in a folder, and the folder itself, is on the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file() and not path.is_symlink():
+            sync_file(path)
+    sync_folder(folder)

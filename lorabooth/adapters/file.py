@@ -118,12 +118,23 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], entries: Mapping
     from safetensors.torch import save
 
     # The library writes metadata in a random order; sorted, the same adapter is the same file.
-    blob = save(dict(tensors))
+    blob = save(_unshared(tensors))
     length = struct.unpack("<Q", blob[:8])[0]
     table = {"__metadata__": dict(sorted(entries.items())), **json.loads(blob[8 : 8 + length])}
     head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     durable.save(path, struct.pack("<Q", len(head)) + head, blob[8 + length :])
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each with memory of its own, which the library wants: q, k and v may have one lora_A in common."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return out
 
 
 def prepare(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
