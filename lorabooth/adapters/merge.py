@@ -8,6 +8,7 @@ is only read. The result takes its place in one step, or not at all.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,8 @@ class MergeReport:
         family: of the base, "" where it is not known.
         n_modules: how many weights were changed.
         n_bytes: size of the result.
+        seconds: that it took.
+        dtypes: of the changed weights, by safetensors' names.
         modules: each of them.
         leftovers: modules of the adapters that the base does not have (only with `allow_partial`).
         left_out: files of a base folder that were not copied, because they hold the unmerged model.
@@ -76,6 +79,8 @@ class MergeReport:
     family: str
     n_modules: int
     n_bytes: int
+    seconds: float
+    dtypes: tuple[str, ...]
     modules: tuple[MergedModule, ...]
     leftovers: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -90,6 +95,11 @@ class MergeReport:
     def mean_change(self) -> float:
         """Mean over the modules of the relative change."""
         return sum(module.relative_change for module in self.modules) / len(self.modules)
+
+    @property
+    def mean_rounding(self) -> float:
+        """Mean over the modules of the share that the cast lost."""
+        return sum(module.rounding for module in self.modules) / len(self.modules)
 
     @property
     def worst_rounding(self) -> MergedModule:
@@ -128,7 +138,7 @@ def merge(
         RecipeError: `out` cannot be written.
         TrainingError: the disk is too small.
     """
-    say = reporter or Silent()
+    say, began_s = reporter or Silent(), time.monotonic()
     if not adapters:
         raise AdapterError("There is no adapter to merge.", "Give at least one.")
     opened = inventory.open_base(base)
@@ -136,6 +146,7 @@ def merge(
     stored = [open_adapter(merging.path) for merging in adapters]
     copying.require_output(opened, out, overwrite, [merging.path for merging in adapters])
     _require_family(opened, stored)
+    _require_blocks(adapters, stored)
     sign = -1.0 if reverse else 1.0
     wanted, leftovers = _match(opened, stored, [_factors(merging, sign) for merging in adapters])
     if leftovers and not allow_partial:
@@ -148,9 +159,17 @@ def merge(
         _require_finite(stored, say)
         out.parent.mkdir(parents=True, exist_ok=True)
         measured = _write(opened, wanted, copied, out, say)
-    notes = tuple(f"{one.path.name}: {note}" for one in stored for note in one.notes)
     return MergeReport(
-        out, opened.family, len(measured), copied.n_bytes, measured, leftovers, copied.left_out, notes
+        out=out,
+        family=opened.family,
+        n_modules=len(measured),
+        n_bytes=copied.n_bytes,
+        seconds=time.monotonic() - began_s,
+        dtypes=tuple(sorted({slot.dtype for module in wanted for slot in opened.slots[f"{module}.weight"]})),
+        modules=measured,
+        leftovers=leftovers,
+        left_out=copied.left_out,
+        notes=tuple(f"{one.path.name}: {note}" for one in stored for note in one.notes),
     )
 
 
@@ -162,17 +181,36 @@ Wanted = dict[str, list[Contribution]]
 
 def _factors(merging: Merging, sign: float) -> Callable[[str], float]:
     """A canonical module -> the whole factor on its adapter's effect."""
-    blocks = {
-        key if key.split(".")[0] in names.COMPONENTS else f"denoiser.{key}": value
-        for key, value in merging.block_strengths.items()
-    }
+    blocks = {_whole_name(key): value for key, value in merging.block_strengths.items()}
 
     def factor(module: str) -> float:
-        matching = [key for key in blocks if module == key or module.startswith(f"{key}.")]
+        matching = [key for key in blocks if _is_within(module, key)]
         block = blocks[max(matching, key=len)] if matching else 1.0
         return sign * merging.strength * block
 
     return factor
+
+
+def _whole_name(block: str) -> str:
+    """With the component, which may be left out for the denoiser."""
+    return block if block.split(".")[0] in names.COMPONENTS else f"denoiser.{block}"
+
+
+def _is_within(module: str, block: str) -> bool:
+    return module == block or module.startswith(f"{block}.")
+
+
+def _require_blocks(adapters: Sequence[Merging], stored: Sequence[StoredAdapter]) -> None:
+    """A part that does not exist is a slip of the pen, and would silently have no effect."""
+    for merging, adapter in zip(adapters, stored, strict=True):
+        if not all(map(math.isfinite, (merging.strength, *merging.block_strengths.values()))):
+            raise AdapterError(f"{adapter.path.name}: strengths must be finite numbers.")
+        for block in merging.block_strengths:
+            if not any(_is_within(module, _whole_name(block)) for module in adapter.modules):
+                parts = dict.fromkeys(".".join(module.split(".")[:3]) for module in adapter.modules)
+                raise AdapterError(
+                    f"{adapter.path.name} has no part {block!r}.", f"Its parts are {', '.join(parts)}."
+                )
 
 
 def _match(

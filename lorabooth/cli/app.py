@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorabooth.cli import demo, doctor, pocket, sample, train
+from lorabooth.cli import demo, doctor, extract, merge, pocket, sample, train
 from lorabooth.cli.errors import DEBUG_VARIABLE, debugging, report_defect
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+app.command("merge")(merge.merge)
+app.command("extract")(extract.extract)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.add_typer(pocket.app, name="pocket")

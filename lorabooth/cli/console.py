@@ -41,6 +41,12 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def dtype_text(dtype: str) -> str:
+    """The customary name of a dtype of safetensors': "F16" -> "fp16"."""
+    known = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+    return known.get(dtype, dtype.lower().replace("f8", "fp8"))
+
+
 def rate_text(count: int, seconds: float, unit: str) -> str:
     """A speed: "5.20 it/s", or "3.1 s/it" where that is the handier number; empty without data."""
     if count <= 0 or seconds <= 0:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -30,7 +33,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def guarded(*args: P.args, **options: P.kwargs) -> R:
         try:
-            return function(*args, **options)
+            with _terminable():
+                return function(*args, **options)
         except LoraboothError as error:
             if debugging():
                 raise
@@ -53,6 +57,19 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             )
 
     return guarded
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, so that what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():  # as in a server that embeds us
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def debugging() -> bool:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIG_FILES = re.compile(
-    r"model_index\.json|(?:unet|vae|text_encoder)/config\.json|scheduler/scheduler_config\.json"
-    r"|tokenizer/(?:vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json)"
+    r"model_index\.json|(?:unet|vae|text_encoder(?:_2)?)/config\.json|scheduler/scheduler_config\.json"
+    r"|tokenizer(?:_2)?/(?:vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json)"
 )
 _WEIGHT_FILES = re.compile(
-    r"(?P<part>unet|vae|text_encoder)/(?:diffusion_pytorch_model|model)"
+    r"(?P<part>unet|vae|text_encoder(?:_2)?)/(?:diffusion_pytorch_model|model)"
     r"(?P<variant>\.fp16)?(?:-\d{5}-of-\d{5})?(?P<late_variant>\.fp16)?"
     r"\.safetensors(?:\.index(?P<index_variant>\.fp16)?\.json)?"
 )
@@ -144,13 +144,16 @@ def _download(repo: str, info: ModelInfo, reporter: Reporter) -> Path:
 def needed_files(names: list[str]) -> list[str]:
     """Of a hub repository's files, those that a Stable Diffusion base needs; pickles and duplicates never.
 
+    SDXL's second text encoder is among them, so that such a base can be merged into.
+
     Full precision where a component has it, else its fp16 variant. Empty if there is no model_index.json, or
     a component has no safetensors.
     """
     if "model_index.json" not in names:
         return []
     wanted = [name for name in names if _CONFIG_FILES.fullmatch(name)]
-    for part in ("unet", "vae", "text_encoder"):
+    second = any(name.startswith("text_encoder_2/") for name in names)
+    for part in ("unet", "vae", "text_encoder", *(("text_encoder_2",) if second else ())):
         matches = [m for m in map(_WEIGHT_FILES.fullmatch, names) if m and m["part"] == part]
         plain = [m.string for m in matches if not (m["variant"] or m["late_variant"] or m["index_variant"])]
         chosen = plain or [m.string for m in matches]

@@ -42,13 +42,38 @@ def resolve(
         BaseModelError: absent, incomplete, unsafe, or of a kind that is not supported.
         RecipeError: the family is unknown, or a revision is given for a base that is not from the hub.
     """
-    say = reporter or Silent()
     if family != "auto":
         registry.family(family)
+    path, commit = locate(base, revision=revision, allow_download=allow_download, reporter=reporter)
+    if base == POCKET_ID:
+        return _source(path, POCKET_ID, family)
+    if not Path(base).expanduser().exists():
+        return _source(path, base, family, commit)
+    source = _source(path, path.resolve().name if path.is_dir() else path.name, family)
+    if path.is_file():
+        single_file.require_vocabulary(path, allow_download=allow_download and not hub.is_offline())
+    return source
+
+
+def locate(
+    base: str, *, revision: str = "", allow_download: bool = True, reporter: Reporter | None = None
+) -> tuple[Path, str]:
+    """Where a base model's files are, of whatever family, and the hub commit ("" for local ones).
+
+    Args:
+        base: "pocket", a folder, a file, or a hub id "owner/name".
+        revision: hub branch, tag or commit; empty is the default branch.
+        allow_download: False uses only what is on this machine.
+        reporter: told of downloads.
+
+    Raises:
+        BaseModelError: absent, unsafe, or not to be had.
+        RecipeError: a revision is given for a base that is not from the hub.
+    """
     if base == POCKET_ID:
         from lorabooth.pocket.base import pocket_dir  # here, because the other bases do not need it
 
-        return _source(Path(pocket_dir()), POCKET_ID, family)
+        return Path(pocket_dir()), ""
     path = Path(base).expanduser()
     if path.exists():
         if revision:
@@ -56,16 +81,12 @@ def resolve(
                 f"model.revision = {revision!r}: {base} is on this machine and has no revisions.",
                 "Leave model.revision empty.",
             )
-        source = _source(path, path.resolve().name if path.is_dir() else path.name, family)
-        if path.is_file():
-            single_file.require_vocabulary(path, allow_download=allow_download and not hub.is_offline())
-        return source
+        return path, ""
     if path.suffix.casefold() in PICKLE_SUFFIXES:
         raise pickle_error(path)
     if not _HUB_ID.fullmatch(base):
         raise _not_there(path)
-    folder, commit = hub.get(base, revision, allow_download and not hub.is_offline(), say)
-    return _source(folder, base, family, commit)
+    return hub.get(base, revision, allow_download and not hub.is_offline(), reporter or Silent())
 
 
 def weights_digest(source: Source, component: str = "unet") -> str:

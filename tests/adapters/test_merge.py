@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused_whole_or_listed(base, trained, tmp_path):
     }
     family = open_base(base.folder).family
     path = save(tensors | strange, tmp_path / "a.safetensors", family)
-    refused(AdapterError, r"1 of .* down_blocks\.7", base.folder, [path], tmp_path / "out")
+    refused(AdapterError, r"1 of .*down_blocks\.7", base.folder, [path], tmp_path / "out")
     report = merge.merge(base.folder, [Merging(path)], tmp_path / "partial", allow_partial=True)
     assert report.leftovers == ("denoiser.down_blocks.7.attentions.0.proj_in",)
     only = save(strange, tmp_path / "none.safetensors", family)
