@@ -45,3 +45,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     make_photos(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL-shaped folder, epsilon prediction."""
+    from tests.tiny_sdxl import make_sdxl_folder
+
+    return make_sdxl_folder(tmp_path_factory.mktemp("bases") / "tiny-sdxl")

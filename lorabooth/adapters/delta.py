@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -145,16 +144,3 @@ def is_finite(values: Tensor) -> bool:
 def _square_sum(values: Tensor) -> float:
     flat = values.reshape(-1)
     return float(flat.dot(flat))
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Within the block every thread computes on one core of its own; afterwards torch is as it was."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

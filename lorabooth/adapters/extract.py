@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabooth import rng
 from lorabooth.adapters import file, low_rank, outputs
+from lorabooth.adapters.cores import on_all_cores
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.adapters.rank_table import RankRow, RankTable
 from lorabooth.checkpoints import inventory, weights
@@ -141,8 +142,7 @@ def extract(
     tensors: dict[str, Tensor] = {}
     rows: list[RankRow] = []
     with say.task("Extracting", len(modules), "module") as task:
-        for module in modules:
-            found = _extract_one(first, second, module, how)
+        for found in on_all_cores(lambda module: _extract_one(first, second, module, how), modules):
             if found is not None:
                 tensors |= found[0]
                 rows.append(found[1])

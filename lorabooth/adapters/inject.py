@@ -155,13 +155,18 @@ def attach_tensors(
     plan: dict[str, dict[str, _Spec]] = {}
     strangers: list[str] = []
     known: dict[str, dict[str, nn.Module]] = {}
+    ready = dict(tensors)
     for module, (rank, alpha) in modules.items():
         component, path = names.split_module(module)
         if component in components and component not in known:
             known[component] = tree.adaptable(components[component], component)
         base = known.get(component, {}).get(path)
-        if base is None or not tree.fits(base, tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]):
+        down, up = tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]
+        fitted = None if base is None else tree.fitted(base, down, up)
+        if fitted is None:
             strangers.append(module)
+            continue
+        ready[f"{module}.lora_A"], ready[f"{module}.lora_B"] = fitted
         plan.setdefault(component, {})[path] = _Spec(rank, alpha, 0.0)
     if strangers:
         raise AdapterError(
@@ -170,7 +175,7 @@ def attach_tensors(
             "It was made for another family of base models.",
         )
     attached = _inject(components, plan, name)
-    write(components, name, tensors)
+    write(components, name, ready)
     set_strength(components, name, strength)
     return attached
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from lorabooth import durable
 from lorabooth.adapters import names
-from lorabooth.adapters.delta import Change, Contribution, chunk_function, is_finite, one_thread_each
+from lorabooth.adapters.cores import one_thread_each
+from lorabooth.adapters.delta import Change, Contribution, chunk_function, is_finite
 from lorabooth.adapters.stored import StoredAdapter, open_adapter
 from lorabooth.checkpoints import copying, inventory
 from lorabooth.checkpoints.header import Entry

@@ -81,17 +81,24 @@ def attached_names(components: Components) -> tuple[str, ...]:
     )
 
 
-def fits(base: nn.Module, down: Tensor, up: Tensor) -> bool:
-    """Whether factors have the shapes that a base layer needs."""
+def fitted(base: nn.Module, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Factors in the shapes that a base layer needs, or None if they do not fit it.
+
+    A linear layer and a 1x1 convolution are the same matrix, and files hold either for the other (kohya's of
+    SD2, for instance); between these two the factors are viewed anew.
+    """
+    if isinstance(base, nn.Linear) and down.dim() == 4 and down.shape[2:] == (1, 1):
+        down, up = down.flatten(1), up.flatten(1)
+    elif isinstance(base, nn.Conv2d) and down.dim() == 2 and base.kernel_size == (1, 1):
+        down, up = down[:, :, None, None], up[:, :, None, None]
     if isinstance(base, nn.Conv2d):
-        inner = (base.in_channels // base.groups, *base.kernel_size)
-        return tuple(down.shape[1:]) == inner and up.dim() == 4 and up.shape[0] == base.out_channels
-    if isinstance(base, nn.Linear):
-        return tuple(down.shape[1:]) == (base.in_features,) and tuple(up.shape) == (
-            base.out_features,
-            down.shape[0],
-        )
-    return False
+        inner: tuple[int, ...] = (base.in_channels // base.groups, *base.kernel_size)
+        outer: tuple[int, ...] = (base.out_channels, down.shape[0], 1, 1)
+    elif isinstance(base, nn.Linear):
+        inner, outer = (base.in_features,), (base.out_features, down.shape[0])
+    else:
+        return None
+    return (down, up) if tuple(down.shape[1:]) == inner and tuple(up.shape) == outer else None
 
 
 def gradients(layer: nn.Module) -> list[tuple[nn.Parameter, bool]]:

@@ -209,7 +209,7 @@ class Quiet:
 
 
 def _summary(label: str, done: int, start: int, unit: str, elapsed_s: float, shown: dict[str, str]) -> str:
-    plural = "" if done == 1 or unit == "it" else "s"
+    plural = "" if done == 1 or unit in ("it", "MiB") else "s"
     parts = [
         f"{label}: {done} {unit}{plural} in {duration_text(elapsed_s)}",
         rate_text(done - start, elapsed_s, unit),

@@ -317,7 +317,21 @@ def test_write_is_strict(sd1, trained):
     assert torch.equal(outputs(components)[0], outputs(sd1.load())[0])
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing(sd1, tiny_sd2, trained):
+def test_a_1x1_convolution_and_a_linear_layer_take_each_others_factors(base, trained):
+    """Kohya's SD2 files may hold proj_in as a convolution."""
+    tensors = trained(base.load(), patterns=(r".*\.proj_(in|out)",), text=False)
+    turned = {
+        k: v if k.endswith("alpha") else v.flatten(1) if v.dim() == 4 else v[:, :, None, None]
+        for k, v in tensors.items()
+    }
+    ours, theirs = base.load(), base.load()
+    inject.attach_tensors(ours, tensors)
+    inject.attach_tensors(theirs, turned)
+    assert torch.equal(outputs(ours)[0], outputs(theirs)[0])
+    assert not torch.equal(outputs(ours)[0], outputs(base.load())[0])
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(sd1, trained):
     components = sd1.load()
     before = snapshot(components)
     tensors = trained(sd1.load())
@@ -326,10 +340,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(sd1, tiny_sd2, trained
     stranger = {k.replace("down_blocks.0", "down_blocks.9"): v for k, v in tensors.items()}
     with pytest.raises(AdapterError, match=r"down_blocks\.9"):
         inject.attach_tensors(components, stranger)
-    from tests.adapters.conftest import Base
-
+    narrow = {k: v[:, :-1] if k.endswith("proj_in.lora_A") else v for k, v in tensors.items()}
     with pytest.raises(AdapterError, match=r"another shape.*proj_in"):
-        inject.attach_tensors(Base(tiny_sd2).load(), {k: v for k, v in tensors.items() if ".proj_in" in k})
+        inject.attach_tensors(components, narrow)
     with pytest.raises(AdapterError, match="no alpha"):
         inject.attach_tensors(components, {k: v for k, v in tensors.items() if not k.endswith("alpha")})
     with pytest.raises(AdapterError, match=r"nothing_like_this.*\n.*conv_in"):

@@ -2,7 +2,7 @@
 
 UNet: input_blocks.(n+1)*i+j+1 and output_blocks.(n+1)*i+j for block i, layer j, n layers a block. VAE: the
 decoder's blocks are numbered from the other end. Text: SD1 keeps transformers' names; SD2 has OpenCLIP's,
-with q, k and v in one matrix.
+with q, k and v in one matrix, as has SDXL's second encoder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ Tensors = dict[str, torch.Tensor]
 _UNET_TOP = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -88,11 +90,11 @@ def vae_to_ldm(tensors: Tensors, blocks: int) -> Tensors:
     return out
 
 
-def text_to_ldm(tensors: Tensors, *, openclip: bool) -> Tensors:
+def text_to_ldm(tensors: Tensors, *, openclip: bool, stage: str = "cond_stage_model.") -> Tensors:
     tensors = {k.removeprefix("text_model."): v for k, v in tensors.items()}
     if not openclip:
-        return {f"cond_stage_model.transformer.text_model.{k}": v for k, v in tensors.items()}
-    prefix = "cond_stage_model.model."
+        return {f"{stage}transformer.text_model.{k}": v for k, v in tensors.items()}
+    prefix = f"{stage}model."
     out = {
         prefix + "positional_embedding": tensors["embeddings.position_embedding.weight"],
         prefix + "token_embedding.weight": tensors["embeddings.token_embedding.weight"],
@@ -108,6 +110,8 @@ def text_to_ldm(tensors: Tensors, *, openclip: bool) -> Tensors:
                 out[f"{theirs}{other}.{leaf}"] = tensors[f"{ours}{name}.{leaf}"]
             qkv = [tensors[f"{ours}self_attn.{p}_proj.{leaf}"] for p in "qkv"]
             out[f"{theirs}attn.in_proj_{leaf}"] = torch.cat(qkv)
+    if "text_projection.weight" in tensors:
+        out[prefix + "text_projection"] = tensors["text_projection.weight"].T
     return out
 
 
@@ -118,7 +122,13 @@ def make_single_file(folder: Path, file: Path, *, openclip: bool = False, config
     text = load_file(folder / "text_encoder" / "model.safetensors")
     layers = json.loads((folder / "unet" / "config.json").read_text())["layers_per_block"]
     blocks = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
-    tensors = unet_to_ldm(unet, layers) | vae_to_ldm(vae, blocks) | text_to_ldm(text, openclip=openclip)
+    tensors = unet_to_ldm(unet, layers) | vae_to_ldm(vae, blocks)
+    if (folder / "text_encoder_2").is_dir():  # SDXL
+        second = load_file(folder / "text_encoder_2" / "model.safetensors")
+        tensors |= text_to_ldm(text, openclip=False, stage="conditioner.embedders.0.")
+        tensors |= text_to_ldm(second, openclip=True, stage="conditioner.embedders.1.")
+    else:
+        tensors |= text_to_ldm(text, openclip=openclip)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
     if configs:
