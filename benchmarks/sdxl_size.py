@@ -1,4 +1,4 @@
-"""Files of SDXL's size and names with random weights: a single-file checkpoint, a diffusers folder, an adapter.
+"""Files of SDXL's size and names with random weights: a single-file checkpoint and adapters.
 
 The module trees are built from the published configs without storage; only their names and shapes are used.
 """
@@ -114,12 +114,16 @@ def lora_shapes(
 
 
 def write_file(path: Path, shapes: Shapes, dtype: str = "F16", scale: float = 0.02, seed: int = 0) -> int:
-    """Write random tensors as a .safetensors file, a few megabytes at a time; returns its size in bytes."""
+    """Write random tensors as a .safetensors file, a few megabytes at a time; returns its size in bytes.
+
+    Tensors without dimensions (alphas) come last and are 1.
+    """
     width = {"F16": 2, "F32": 4}[dtype]
     kind = {"F16": np.float16, "F32": np.float32}[dtype]
     table: dict[str, Any] = {}
     at = 0
-    for key, shape in shapes.items():
+    ones = sum(shape == () for shape in shapes.values())
+    for key, shape in sorted(shapes.items(), key=lambda item: item[1] == ()):
         size = int(np.prod(shape, dtype=np.int64)) * width
         table[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
@@ -131,12 +135,13 @@ def write_file(path: Path, shapes: Shapes, dtype: str = "F16", scale: float = 0.
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
-        left, shift = at, 0
+        left, shift = at - ones * width, 0
         while left:
             count = min(left, len(raw) - shift)
             file.write(raw[shift : shift + count])
             left -= count
             shift = 0 if shift else 4096 * width
+        file.write(np.ones(ones, kind).tobytes())
     return path.stat().st_size
 
 

@@ -6,6 +6,7 @@ Those that take files alone are the rooms' own: `inspect_path`, `convert_file`, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,8 +73,11 @@ def check(
         AdapterError: the file cannot be read at all. What is merely wrong with it is in the report.
         BaseModelError: the base is absent or broken.
     """
-    found = None if base is None else source.locate(str(base), reporter=reporter)[0]
-    return checking.check_adapter(Path(path), found, reporter)
+    if base is None:
+        return checking.check_adapter(Path(path), None, reporter)
+    found, _ = source.locate(str(base), reporter=reporter)
+    report = checking.check_adapter(Path(path), found, reporter)
+    return report if Path(base).exists() else replace(report, base=str(base))
 
 
 def extract(

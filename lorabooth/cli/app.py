@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorabooth.cli import demo, doctor, extract, merge, pocket, sample, train
+from lorabooth.cli import blend, check, demo, doctor, extract, inspect, merge, pocket, resize, sample, train
 from lorabooth.cli.errors import DEBUG_VARIABLE, debugging, report_defect
 
 app = typer.Typer(
@@ -22,7 +22,11 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+app.command("inspect")(inspect.inspect)
+app.command("check")(check.check)
 app.command("merge")(merge.merge)
+app.command("blend")(blend.blend)
+app.command("resize")(resize.resize)
 app.command("extract")(extract.extract)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
