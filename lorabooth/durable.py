@@ -127,13 +127,13 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
-        TrainingError: less than `needed_bytes` and a reserve of 64 MiB are free.
+        TrainingError: less than `needed_bytes` and a twentieth more are free.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes + (64 << 20):
+    if free_bytes < needed_bytes * 21 // 20:
         raise TrainingError(
-            f"{folder}: {free_bytes / 2**30:.2f} GiB are free, {needed_bytes / 2**30:.2f} GiB will be written.",
+            f"{folder}: {free_bytes / 2**30:.2f} GiB are free, {needed_bytes / 2**30:.2f} GiB are needed.",
             "Free some disk space, or write to another disk.",
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabooth import rng
-from lorabooth.adapters import file, low_rank, outputs
+from lorabooth.adapters import low_rank, outputs
 from lorabooth.adapters.cores import on_all_cores
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.adapters.rank_table import RankRow, RankTable
@@ -154,8 +154,7 @@ def extract(
         )
     rest = _compare_rest(first, second, set(modules), RankTable(tuple(rows)).total.norm, say)
     layout = outputs.layout_for(second.family)
-    metadata = outputs.described(Metadata(family=second.family), tensors)
-    file.write(out, tensors, metadata, layout, how.dtype)
+    outputs.write(out, tensors, Metadata(family=second.family), layout, how.dtype)
     notes = _not_compared(first, second)
     return ExtractReport(
         out=out,
@@ -177,7 +176,10 @@ class _How:
 
 
 def _common_modules(first: Base, second: Base) -> list[str]:
-    """Modules that both have, in the base's order; they must have all the denoiser's in common."""
+    """Modules that both have, in the base's order; they must have all the denoiser's in common.
+
+    Without the text projection of SDXL's second encoder, of which ComfyUI says "lora key not loaded".
+    """
     if first.family and second.family and first.family != second.family:
         raise BaseModelError(
             f"{first.path.name} is {first.family}, {second.path.name} is {second.family}.",
@@ -194,7 +196,7 @@ def _common_modules(first: Base, second: Base) -> list[str]:
             f"alone or have other shapes ({listed}).",
             "An adapter can only be extracted from two checkpoints of one architecture.",
         )
-    return common
+    return [module for module in common if not module.endswith(".text_projection")]
 
 
 def _extract_one(

@@ -1,10 +1,11 @@
 """Products of two thin matrices: norms, distances and best approximations, without forming the product.
 
 A module's delta is `up @ down` with up [out, r] and down [r, in]; a convolution's kernel is flattened into
-`in` (LoRA, arXiv 2106.09685, section 4.1). Everything here costs O((out + in) r^2). Norms need float64, as
-they are differences of large numbers; bases do not: for SDXL at rank 64 on two cores, decomposing all modules
-takes 2.5 s in float32 and 5 s in float64, with a difference of 1e-6 of the delta. (Eigenvectors of Gram
-matrices in float64 are no faster than QR in float32, and lose the small singular values.)
+`in` (LoRA, arXiv 2106.09685, section 4.1). Everything here costs O((out + in) r^2). Norms are taken in
+float64, as they are differences of large numbers; bases need no more than float32, whose error is 1e-6 of the
+delta. A 1280 x 5120 delta of rank 64 is decomposed by QR in 6 ms in float32 and 8 ms in float64 (two cores,
+best of 15). Eigenvectors of Gram matrices in float64 take 4 ms, but square the condition number, so small
+singular values and dependent columns are lost; QR is kept.
 """
 
 from __future__ import annotations

@@ -16,12 +16,13 @@ from pathlib import Path
 from lorabooth import durable
 from lorabooth.adapters import names
 from lorabooth.adapters.cores import one_thread_each
-from lorabooth.adapters.delta import Change, Contribution, chunk_function, is_finite
+from lorabooth.adapters.delta import Change, Contribution, chunk_function
 from lorabooth.adapters.stored import StoredAdapter, open_adapter
 from lorabooth.checkpoints import copying, inventory
 from lorabooth.checkpoints.header import Entry
 from lorabooth.checkpoints.inventory import Base, Slot
 from lorabooth.checkpoints.rewrite import Span, rewrite
+from lorabooth.checkpoints.tensors import is_finite
 from lorabooth.errors import AdapterError, BaseModelError
 from lorabooth.progress import Reporter, Silent
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabooth import durable
 from lorabooth.adapters import file, formats, names
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.adapters.stored import StoredAdapter
-from lorabooth.errors import AdapterError, RecipeError
+from lorabooth.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,6 @@ def check_output(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
 
     Raises:
         AdapterError: not a .safetensors file, one of the inputs, or taken.
-        RecipeError: its folder does not exist.
     """
     if out.suffix != ".safetensors":
         raise AdapterError(f"The output {out} must be a file that ends in .safetensors.")
@@ -46,8 +46,24 @@ def check_output(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
         raise AdapterError(f"The output {out} is a folder.", "Name a file.")
     if out.exists() and not overwrite:
         raise AdapterError(f"The output {out} exists.", "Name another, or add --overwrite.")
-    if not out.parent.is_dir():
-        raise RecipeError(f"{out} cannot be written: there is no folder {out.parent}.", "Make it first.")
+
+
+def write(
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Metadata,
+    layout: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the result; folders on the way to it are made.
+
+    Raises:
+        RecipeError: it cannot be written there.
+        TrainingError: the disk is full.
+    """
+    with durable.user_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    file.write(out, tensors, described(metadata, tensors), layout, dtype)
 
 
 def common_family(adapters: Sequence[StoredAdapter]) -> str:

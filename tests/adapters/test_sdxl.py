@@ -115,7 +115,9 @@ def test_the_adapter_comes_out_of_the_merged_single_file(tiny_sdxl, adapter, liv
         checkpoint, tmp_path / "merged.safetensors", tmp_path / "out.safetensors", rank=4
     )
     assert report.family == "sdxl"
-    assert report.relative_error < 1e-5
+    # What ComfyUI does not read from an adapter is not put into one, and is counted as missing.
+    assert report.rest.examples == ("text_encoder_2.text_projection.weight",)
+    assert report.table.total.relative_error < 1e-5 < report.relative_error
     pipe = pipeline(tiny_sdxl)
     load_adapter(pipe, tmp_path / "out.safetensors")
-    assert near(images_of(pipe), live)
+    assert difference(images_of(pipe)[0], live[0]) < 1e-5
