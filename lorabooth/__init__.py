@@ -9,10 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorabooth.adapters.blend_files import BlendReport, blend_files
+    from lorabooth.adapters.check import CheckReport
+    from lorabooth.adapters.convert import ConvertReport, convert_file
+    from lorabooth.adapters.extract import ExtractReport
+    from lorabooth.adapters.inspect import inspect_path
+    from lorabooth.adapters.inspection import Inspection
+    from lorabooth.adapters.merge import MergeReport, Merging
+    from lorabooth.adapters.resize_file import ResizeReport, resize_file
     from lorabooth.api import RunResult, train
     from lorabooth.errors import LoraboothError
     from lorabooth.evaluation.apply import AdapterHandle, load_adapter
     from lorabooth.evaluation.sample import SampleResult, sample
+    from lorabooth.exchange import check, extract, merge
     from lorabooth.progress import Reporter
     from lorabooth.recipe import Recipe
     from lorabooth.training.plan import Plan
@@ -20,28 +29,58 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterHandle",
+    "BlendReport",
+    "CheckReport",
+    "ConvertReport",
+    "ExtractReport",
+    "Inspection",
     "LoraboothError",
+    "MergeReport",
+    "Merging",
     "Plan",
     "Recipe",
     "Reporter",
+    "ResizeReport",
     "RunResult",
     "SampleResult",
     "__version__",
+    "blend_files",
+    "check",
+    "convert_file",
+    "extract",
+    "inspect_path",
     "load_adapter",
+    "merge",
+    "resize_file",
     "sample",
     "train",
 ]
 
 _HOME = {
     "AdapterHandle": "evaluation.apply",
+    "BlendReport": "adapters.blend_files",
+    "CheckReport": "adapters.check",
+    "ConvertReport": "adapters.convert",
+    "ExtractReport": "adapters.extract",
+    "Inspection": "adapters.inspection",
     "LoraboothError": "errors",
+    "MergeReport": "adapters.merge",
+    "Merging": "adapters.merge",
     "Plan": "training.plan",
     "Recipe": "recipe",
     "Reporter": "progress",
+    "ResizeReport": "adapters.resize_file",
     "RunResult": "api",
     "SampleResult": "evaluation.sample",
     "__version__": "version",
+    "blend_files": "adapters.blend_files",
+    "check": "exchange",
+    "convert_file": "adapters.convert",
+    "extract": "exchange",
+    "inspect_path": "adapters.inspect",
     "load_adapter": "evaluation.apply",
+    "merge": "exchange",
+    "resize_file": "adapters.resize_file",
     "sample": "evaluation.sample",
     "train": "api",
 }

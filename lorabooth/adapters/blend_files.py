@@ -101,7 +101,8 @@ def blend_files(
     files = [path for adapter in opened for path in outputs.files_of(adapter)]
     outputs.check_output(out, files, overwrite=overwrite)
     metadata = _joined(opened)
-    written = outputs.layout_for(metadata.family, layout)
+    modules = {module for adapter in opened for module in adapter.modules}
+    written = outputs.layout_for(metadata.family, modules, layout)
     for adapter in opened:
         for note in adapter.notes:
             say.warn(f"{adapter.path.name}: {note}")

@@ -153,7 +153,7 @@ def extract(
             "There is nothing to extract; check that these are the two checkpoints you mean.",
         )
     rest = _compare_rest(first, second, set(modules), RankTable(tuple(rows)).total.norm, say)
-    layout = outputs.layout_for(second.family)
+    layout = outputs.layout_for(second.family, [row.name for row in rows])
     outputs.write(out, tensors, Metadata(family=second.family), layout, how.dtype)
     notes = _not_compared(first, second)
     return ExtractReport(

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lorabooth import durable
 from lorabooth.adapters import formats
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.adapters.stored import open_file
+from lorabooth.checkpoints.tensors import FLOAT_DTYPES, torch_dtype
 from lorabooth.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def write(
         )
     # Levelled before the cast, so that folding an alpha into lora_B rounds once.
     ready = prepare(formats.level_alphas(tensors) if layout == "kohya" else tensors, dtype)
-    entries = {"format": "pt", **metadata.to_dict(), **formats.export_header(ready, layout)}
+    entries = {"format": "pt", **metadata.to_dict()}
+    entries |= formats.export_header(ready, layout, metadata.family)
     if layout == "kohya":
         entries |= _kohya_entries(formats.ranks_and_alphas(ready), metadata)
     save_safetensors(path, formats.export(ready, layout, metadata.family), entries)
@@ -111,30 +113,38 @@ def read(path: Path, *, component: str = "denoiser", config: str = "") -> Adapte
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> None:
     """Write tensors and string metadata atomically, in an order that depends on nothing but them.
 
+    The library's own writer orders metadata at random and holds a copy of all tensors.
+
     Raises:
         RecipeError: the file cannot be written there.
         TrainingError: the disk is full.
     """
-    from safetensors.torch import save
+    durable.save(path, *chunks(tensors, entries))
 
-    # The library writes metadata in a random order; sorted, the same adapter is the same file.
-    blob = save(_unshared(tensors))
-    length = struct.unpack("<Q", blob[:8])[0]
-    table = {"__metadata__": dict(sorted(entries.items())), **json.loads(blob[8 : 8 + length])}
+
+def chunks(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> Iterator[bytes]:
+    """The bytes of a .safetensors file; tensors lie in it by falling size of their numbers, then by name."""
+    import torch
+
+    dtypes = {torch_dtype(name): name for name in FLOAT_DTYPES} | {torch.int64: "I64", torch.int32: "I32"}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    table: dict[str, object] = {"__metadata__": dict(sorted(entries.items()))}
+    at = 0
+    for key, tensor in ordered:
+        end = at + tensor.numel() * tensor.element_size()
+        table[key] = {
+            "dtype": dtypes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
     head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    durable.save(path, struct.pack("<Q", len(head)) + head, blob[8 + length :])
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each with memory of its own, which the library wants: q, k and v may have one lora_A in common."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        out[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return out
+    yield struct.pack("<Q", len(head)) + head
+    for _, tensor in ordered:
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        # A view of the numbers: a file takes it as it takes bytes.
+        yield cast("bytes", flat.view(torch.uint8).numpy().data)
 
 
 def prepare(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from lorabooth.adapters import lora_config, stored
+from lorabooth.adapters import layouts, lora_config, stored
 from lorabooth.adapters.stored import StoredAdapter
 from lorabooth.checkpoints.header import read_header
 from lorabooth.errors import AdapterError
@@ -68,13 +68,13 @@ def _open_peft(folder: Path, component: str) -> StoredAdapter:
 
 
 def _component_of(folder: Path) -> str:
-    """By the folder's name, else by the modules' names."""
+    """By the folder's name, else by what its weights say."""
     if folder.name in lora_config.COMPONENTS:
         return lora_config.COMPONENTS[folder.name]
     if not (folder / WEIGHTS_NAME).is_file():
         return "denoiser"
-    keys = read_header(folder / WEIGHTS_NAME).entries
-    return "text_encoder" if any(".layers." in key and "_proj." in key for key in keys) else "denoiser"
+    header = read_header(folder / WEIGHTS_NAME)
+    return layouts.peft_component(header.entries, header.metadata)
 
 
 def _joined(folder: Path, parts: list[StoredAdapter]) -> StoredAdapter:
@@ -83,6 +83,6 @@ def _joined(folder: Path, parts: list[StoredAdapter]) -> StoredAdapter:
     modules = {module: found for part in parts for module, found in part.modules.items()}
     configs = {component: config for part in parts for component, config in part.configs.items()}
     notes = tuple(note for part in parts for note in part.notes)
-    metadata = stored.completed(replace(first.metadata, family=""), modules)
+    metadata = stored.completed(replace(first.metadata, family=""), modules, first.entries)
     metadata = replace(metadata, family=next((p.family for p in parts if p.family), metadata.family))
     return StoredAdapter(folder, first.layout, modules, metadata, first.entries, configs, notes)

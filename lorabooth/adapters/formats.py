@@ -6,7 +6,8 @@ diffusers  `unet.down_blocks.0...to_q` + `.lora_A.weight`, `.lora_B.weight`; alp
 peft       `base_model.model.down_blocks.0...to_q` + as diffusers; alphas in adapter_config.json
 
 kohya's is the layout that is saved: diffusers, ComfyUI and A1111 all open it, with every module's alpha in
-the file. A PEFT folder holds one component (peft_folder.py). Everywhere the effective weight is
+the file. A PEFT folder holds one component (peft_folder.py). FLUX's and SD3's layers that hold several
+modules come apart and together again in fused.py. Everywhere the effective weight is
 `W + (alpha / rank) * lora_B lora_A` (LoRA, arXiv 2106.09685, section 4.1).
 """
 
@@ -16,11 +17,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lorabooth.adapters import layouts, lora_config, names
+from lorabooth.adapters import fused, layouts, lora_config, names, transformer_names
+from lorabooth.adapters.family import naming_family
+from lorabooth.checkpoints.tensors import is_finite
 from lorabooth.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -36,14 +39,17 @@ class Part:
     Attributes:
         key: the stored tensor's name.
         rows: [begin, end) of its first dimension; None for all of it.
+        swapped: its first dimension's two halves are stored in the other order.
     """
 
     key: str
     rows: tuple[int, int] | None = None
+    swapped: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of the stored tensor, a view."""
-        return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
+        """The part of the stored tensor; a view where it can be one."""
+        part = tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
+        return part.roll(part.shape[0] // 2, 0) if self.swapped else part
 
 
 @dataclass(frozen=True)
@@ -68,17 +74,22 @@ def export(
     Args:
         tensors: canonical; every module with lora_A, lora_B and alpha.
         layout: "kohya", "diffusers" or "peft".
-        family: decides kohya's names ("sd1", "sd2", "sdxl").
+        family: decides kohya's names ("sd1", "sd2", "sdxl", "sd3", "flux").
         component: the one that a PEFT dict holds; others must not be in `tensors`.
 
     Returns:
-        Tensors by the layout's names. In "diffusers" and "peft" alpha travels apart, see `export_header` and
-        `lora_config.build`.
+        Tensors by the layout's names; new ones only for layers that kohya's layout holds in one. In
+        "diffusers" and "peft" alpha travels apart, see `export_header` and `lora_config.build`.
 
     Raises:
         AdapterError: incomplete modules, or names that the layout cannot hold.
     """
     out: dict[str, Tensor] = {}
+    ranks_and_alphas(tensors)
+    if layout == "kohya":
+        family = naming_family(family, {names.split_key(key)[0] for key in tensors})
+    if layout == "kohya" and family in transformer_names.FAMILIES:
+        tensors = fused.to_original(tensors, family)
     for module in ranks_and_alphas(tensors):
         owner, path = names.split_module(module)
         for kind in names.KINDS:
@@ -86,7 +97,7 @@ def export(
             if layout == "kohya":
                 out[f"{names.kohya_name(module, family)}.{_KOHYA_SUFFIXES[kind]}"] = tensor
             elif kind != "alpha" and layout == "diffusers":
-                out[f"{lora_config.prefix_of(owner)}.{path}.{kind}.weight"] = tensor
+                out[f"{lora_config.prefix_of(owner, path)}.{path}.{kind}.weight"] = tensor
             elif kind != "alpha" and layout == "peft":
                 if owner != component:
                     raise AdapterError(f"A PEFT folder of {component!r} cannot hold {module!r}.")
@@ -96,27 +107,39 @@ def export(
     return out
 
 
-def export_header(tensors: Mapping[str, Tensor], layout: str) -> dict[str, str]:
-    """Header entries that belong to a layout: diffusers keeps ranks and alphas there."""
+def export_header(tensors: Mapping[str, Tensor], layout: str, family: str = "") -> dict[str, str]:
+    """Header entries that belong to a layout.
+
+    diffusers keeps ranks and alphas there; kohya's files of FLUX and SD3 what is in a layer that holds
+    several modules, where the tensors alone would leave it open.
+    """
+    if layout == "kohya" and family in transformer_names.FAMILIES:
+        return fused.header(tensors, family)
     if layout != "diffusers":
         return {}
     packed: dict[str, Any] = {}
     modules = ranks_and_alphas(tensors)
-    for component in sorted({names.split_module(module)[0] for module in modules}):
+    for component, first in lora_config.owners(modules).items():
         for key, value in lora_config.build(modules, component).items():
-            packed[f"{lora_config.prefix_of(component)}.{key}"] = value
+            packed[f"{lora_config.prefix_of(component, first)}.{key}"] = value
     return {lora_config.HEADER_KEY: json.dumps(packed, indent=2, sort_keys=True)}
 
 
 def locate(
-    shapes: Mapping[str, tuple[int, ...]], layout: str, component: str = "denoiser"
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: str,
+    component: str = "denoiser",
+    header: Mapping[str, str] | None = None,
 ) -> dict[str, Part]:
     """Where each canonical tensor is among a layout's tensors; none is ever dropped.
+
+    Modules that one layer of FLUX or SD3 holds share its lora_A and its alpha.
 
     Args:
         shapes: the layout's names -> shapes, as from a file's header.
         layout: "kohya", "diffusers" or "peft", as from `layouts.detect`.
         component: the one that a PEFT dict belongs to.
+        header: the file's string metadata, for what names leave open.
 
     Returns:
         Canonical name -> part, without the alphas that no tensor holds (see `complete`).
@@ -124,24 +147,45 @@ def locate(
     Raises:
         AdapterError: names that do not belong to the layout.
     """
+    if layout not in layouts.LAYOUTS:
+        raise AdapterError(f"{layout!r} is not a known layout ({', '.join(layouts.LAYOUTS)}).")
+    family = layouts.family_hint(shapes, header or {})
     out: dict[str, Part] = {}
     unmatched: list[str] = []
-    for key in shapes:
-        parsed = layouts.parse(key, layout, component)
-        if parsed is None:
+    two_chunks: dict[str, str] = {}
+    for key, shape in shapes.items():
+        meaning = layouts.parse(key, component, family)
+        if meaning is None:
             unmatched.append(key)
             continue
-        name = f"{parsed[0]}.{parsed[1]}"
-        if name in out:
-            raise AdapterError(f"Two tensors of the file mean {name!r}; one is {key!r}.")
-        out[name] = Part(key)
+        for name, part in _parts(key, shape, meaning).items():
+            if name in out:
+                raise AdapterError(f"Two tensors of the file mean {name!r}; one is {key!r}.")
+            out[name] = part
+            if meaning.halves == "swapped if two" and meaning.kind == "lora_B":
+                two_chunks[name] = name.removesuffix("lora_B") + "lora_A"
     if unmatched:
         raise AdapterError(
             f"{len(unmatched)} of the file's {len(shapes)} tensors are not known in the {layout} layout: "
             f"{layouts.some(unmatched)}.",
-            "LoRA on linear and convolution layers of Stable Diffusion's UNet and CLIP can be read.",
+            "LoRA on linear and convolution layers of Stable Diffusion's UNet, of CLIP and T5, and of FLUX's "
+            "and SD3's transformers can be read.",
         )
+    for up, down in two_chunks.items():
+        if down in out and shapes[out[up].key][0] == 2 * math.prod(shapes[out[down].key][1:]):
+            out[up] = replace(out[up], swapped=True)
     return out
+
+
+def _parts(key: str, shape: tuple[int, ...], meaning: layouts.Meaning) -> dict[str, Part]:
+    """The canonical tensors that one stored tensor holds."""
+    if len(meaning.modules) == 1 or meaning.kind != "lora_B" or not shape:
+        swapped = meaning.halves == "swapped" and meaning.kind == "lora_B"
+        return {f"{module}.{meaning.kind}": Part(key, swapped=swapped) for module in meaning.modules}
+    return {
+        f"{module}.lora_B": Part(key, rows)
+        for module, rows in zip(meaning.modules, meaning.rows(key, shape[0]), strict=True)
+    }
 
 
 def complete(
@@ -200,7 +244,9 @@ def import_(
     """
     import torch
 
-    parts = locate({key: tuple(value.shape) for key, value in tensors.items()}, layout, component)
+    if layout == "peft":
+        component = layouts.peft_component(tensors, header or {}, component)
+    parts = locate({key: tuple(value.shape) for key, value in tensors.items()}, layout, component, header)
     held = {name: part.of(tensors[part.key]) for name, part in parts.items()}
     alphas = {
         name.removesuffix(".alpha"): float(value) if value.numel() == 1 else math.nan
@@ -213,7 +259,8 @@ def import_(
     for module, (_, alpha) in modules.items():
         out |= {f"{module}.{kind}": held[f"{module}.{kind}"] for kind in ("lora_A", "lora_B")}
         out[f"{module}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-    return Imported(out, notes)
+    together = [n.removesuffix(".lora_B") for n, part in parts.items() if part.rows is not None]
+    return Imported(fused.separated(out, header or {}, together), notes)
 
 
 def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
@@ -242,7 +289,8 @@ def level_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     diffusers (0.42 at least) applies one alpha to a whole component of a kohya file when its modules' alphas
     differ, and so changes the adapter's effect; files are written such that every reader agrees. An adapter
-    whose alphas agree already, as all that are trained here, is returned as it is.
+    whose alphas agree already, as all that are trained here, is returned as it is. Modules that FLUX's and
+    SD3's original layers hold in one also get the largest of their ranks, padded with zeros.
 
     Raises:
         AdapterError: incomplete modules.
@@ -257,7 +305,7 @@ def level_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 up = tensors[f"{module}.lora_B"]
                 out[f"{module}.lora_B"] = (up.float() * (alpha / common[0][0])).to(up.dtype)
                 out[f"{module}.alpha"] = tensors[f"{module}.alpha"].new_tensor(common[0][0])
-    return out
+    return fused.level(out)
 
 
 def rank_of(module: str, down: tuple[int, ...], up: tuple[int, ...]) -> int:
@@ -291,7 +339,7 @@ def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     Raises:
         AdapterError: names the first tensors that hold them.
     """
-    bad = [key for key, tensor in tensors.items() if not bool(tensor.detach().float().isfinite().all())]
+    bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise AdapterError(
             f"{where}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity, e.g. {bad[0]!r}.",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -32,9 +33,36 @@ COMPONENTS = MappingProxyType(
 """Diffusers' component name -> canonical."""
 
 
-def prefix_of(component: str) -> str:
-    """Diffusers' name of a canonical component: "denoiser" -> "unet"."""
-    return "unet" if component == "denoiser" else component
+_UNET_TOPS = (
+    *("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding."),
+    *("add_embedding.", "class_embedding.", "encoder_hid_proj."),
+)
+
+
+def is_unet(path: str) -> bool:
+    """Whether a denoiser's module is one of a UNet, by its name in diffusers."""
+    return f"{path}.".startswith(_UNET_TOPS)
+
+
+def prefix_of(component: str, path: str = "conv_in") -> str:
+    """Diffusers' name of a canonical component: the denoiser is "unet" or "transformer".
+
+    Args:
+        component: canonical.
+        path: of any of its modules, which tells a UNet from a transformer.
+    """
+    if component != "denoiser":
+        return component
+    return "unet" if is_unet(path) else "transformer"
+
+
+def owners(modules: Iterable[str]) -> dict[str, str]:
+    """Component -> path of the first of its modules, components sorted."""
+    out: dict[str, str] = {}
+    for module in modules:
+        component, path = names.split_module(module)
+        out.setdefault(component, path)
+    return dict(sorted(out.items()))
 
 
 def build(modules: Mapping[str, tuple[int, float]], component: str) -> dict[str, Any]:
@@ -61,6 +89,14 @@ def build(modules: Mapping[str, tuple[int, float]], component: str) -> dict[str,
         "alpha_pattern": {anchor + path: _plain(a) for path, (_, a) in sorted(own.items()) if a != alpha},
         "target_modules": sorted(own),
     }
+
+
+def renewed(
+    old: Mapping[str, Any], modules: Mapping[str, tuple[int, float]], component: str
+) -> dict[str, Any]:
+    """A configuration for other ranks and alphas; what else it says (dropout, say) stays."""
+    kept = {key: value for key, value in old.items() if key != "use_rslora"}
+    return kept | build(modules, component)
 
 
 def parse(layout: str, header: Mapping[str, str], component: str) -> dict[str, dict[str, Any]]:
@@ -99,26 +135,58 @@ def alpha_of(config: Mapping[str, Any], component: str, path: str, rank: int) ->
             raise AdapterError(
                 f"The adapter was trained with {field}, which cannot be read as a plain LoRA adapter."
             )
-    value = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise AdapterError("The adapter's alpha_pattern is not a table of module names.")
-    for pattern, pattern_value in patterns.items():
-        literal = pattern.replace("\\.", ".").removeprefix("^").removesuffix("$")
-        if re.search(r"[\\^$*+?()\[\]{}|]", literal):
-            raise AdapterError(
-                f"The adapter's alpha_pattern {pattern!r} is a regular expression; only names are read."
-            )
-        flat = names.flat_path(component, path)
-        whole = literal in (path, flat)
-        if whole or (not pattern.startswith("^") and path.endswith(f".{literal}")):
-            value = pattern_value
-            break
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"The adapter was trained with init_lora_weights {start!r}, which also changes the base model; "
+            "as a plain LoRA adapter it would be wrong.",
+            "Save it in PEFT with path_initial_model_for_weight_conversion.",
+        )
+    value = _of_module(config, "lora_alpha", "alpha_pattern", component, path)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
         raise AdapterError(f"The adapter's alpha {value!r} is not a sensible number.")
     return float(value) * math.sqrt(rank) if config.get("use_rslora") else float(value)
+
+
+# PEFT's initialisations after which the base is not the original one (LoraConfig's documentation).
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq")
+
+
+def describes(config: Mapping[str, Any], modules: Mapping[str, tuple[int, float]], component: str) -> bool:
+    """Whether a configuration gives every module of a component the rank and alpha that it has."""
+    for module, (rank, alpha) in modules.items():
+        owner, path = names.split_module(module)
+        if owner != component:
+            continue
+        try:
+            found = alpha_of(config, component, path, rank)
+            if found is None or _of_module(config, "r", "rank_pattern", component, path) != rank:
+                return False
+        except AdapterError:
+            return False
+        if struct.pack("<f", found) != struct.pack("<f", alpha):  # alphas are float32
+            return False
+    return True
+
+
+def _of_module(config: Mapping[str, Any], field: str, patterns_field: str, component: str, path: str) -> Any:
+    """A module's value: that of the first pattern which its path ends in, else the common one."""
+    patterns = config.get(patterns_field) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"The adapter's {patterns_field} is not a table of module names.")
+    flat = names.flat_path(component, path)
+    for pattern, value in patterns.items():
+        literal = pattern.replace("\\.", ".").removeprefix("^").removesuffix("$")
+        if re.search(r"[\\^$*+?()\[\]{}|]", literal):
+            raise AdapterError(
+                f"The adapter's {patterns_field} {pattern!r} is a regular expression; only names are read."
+            )
+        whole = literal in (path, flat)
+        if whole or (not pattern.startswith("^") and path.endswith(f".{literal}")):
+            return value
+    return config.get(field)
 
 
 def _plain(value: float) -> int | float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from types import MappingProxyType
 
+from lorabooth.adapters import transformer_names
 from lorabooth.checkpoints import ldm
 from lorabooth.errors import AdapterError
 
@@ -18,8 +19,9 @@ KINDS = ("lora_A", "lora_B", "alpha")
 
 _PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 
-# Parts of module paths, many of which hold underscores themselves. The set is closed and no entry is spelled
-# by joining others, which is what makes underscore-joined names readable again.
+# Parts of module paths, many of which hold underscores themselves. The set is closed and the longest entry
+# wins ("proj_mlp" is one part, never "proj" in which there is an "mlp"), which is what makes names joined by
+# underscores readable again.
 _ATOMS = (
     # UNet2DConditionModel
     *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "conv_in", "conv_out", "conv_shortcut"),
@@ -30,23 +32,47 @@ _ATOMS = (
     # CLIPTextModel, CLIPTextModelWithProjection
     *("text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
     *("encoder", "layers", "mlp", "fc1", "fc2"),
+    # FluxTransformer2DModel, SD3Transformer2DModel
+    *("single_transformer_blocks", "attn", "ff_context", "to_add_out", "proj_mlp", "norm", "norm1"),
+    *("norm_out", "norm1_context", "linear", "x_embedder", "context_embedder", "pos_embed"),
+    *("time_text_embed", "timestep_embedder", "text_embedder", "guidance_embedder"),
 )
 _TOKEN = re.compile(r"(" + "|".join(sorted(_ATOMS, key=len, reverse=True)) + r"|\d+)(?:_|$)")
 
-_KOHYA_COMPONENTS = MappingProxyType(
+# T5EncoderModel
+_T5 = re.compile(r"encoder_block_(\d+)_layer_(\d)_(SelfAttention_[qkvo]|DenseReluDense_(?:wi_[01]|wi|wo))")
+T5_TOP = "encoder.block."
+"""How the names of T5's modules begin."""
+
+# The T5 encoder is FLUX's second text encoder and SD3's third; kohya numbers it 3 in both, as ComfyUI does.
+T5 = "t5"
+FLAT_PREFIXES = MappingProxyType(
     {
         "lora_unet_": "denoiser",
+        "lora_transformer_": "denoiser",  # OneTrainer before 2026, ai-toolkit
+        "lora_prior_unet_": "denoiser",  # OneTrainer, ComfyUI
+        "lycoris_": "denoiser",  # LyCORIS as SimpleTuner calls it
         "lora_te1_": "text_encoder",
         "lora_te2_": "text_encoder_2",
+        "lora_te3_": T5,
         "lora_te_": "text_encoder",
+        "lora_prior_te_": "text_encoder",
     }
+)
+"""How underscore-joined names begin -> component, or T5 where that depends on the family."""
+
+_SD = MappingProxyType({"denoiser": "lora_unet_", "text_encoder": "lora_te_"})
+_SDXL = MappingProxyType(
+    {"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 )
 KOHYA_PREFIXES = MappingProxyType(
     {
-        "sd1": MappingProxyType({"denoiser": "lora_unet_", "text_encoder": "lora_te_"}),
-        "sd2": MappingProxyType({"denoiser": "lora_unet_", "text_encoder": "lora_te_"}),
-        "sdxl": MappingProxyType(
-            {"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+        "sd1": _SD,
+        "sd2": _SD,
+        "sdxl": _SDXL,
+        "sd3": MappingProxyType({**_SDXL, "text_encoder_3": "lora_te3_"}),
+        "flux": MappingProxyType(
+            {"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"}
         ),
     }
 )
@@ -98,8 +124,16 @@ def flat_path(component: str, path: str) -> str:
     return path.removeprefix("text_model.") if component.startswith("text_encoder") else path
 
 
+def t5_component(family: str) -> str:
+    """Which component the T5 encoder is."""
+    return "text_encoder_2" if family == "flux" else "text_encoder_3"
+
+
 def kohya_name(module: str, family: str) -> str:
     """Kohya's underscore-joined name of a canonical module, as the family's readers spell it.
+
+    For FLUX's and SD3's denoiser the module must be a layer of the original code (`fused.to_original`), since
+    that is what kohya's names follow.
 
     Raises:
         AdapterError: the family or the module has no such name, or the name could not be read back.
@@ -113,20 +147,42 @@ def kohya_name(module: str, family: str) -> str:
     if prefix is None:
         raise AdapterError(f"Family {family!r} has no {component!r}, so {module!r} has no kohya name.")
     name = prefix + _spelled(path, component, family).replace(".", "_")
-    if module_from_kohya(name) != module:
+    if component == "denoiser" and family in transformer_names.FAMILIES:
+        original = transformer_names.from_flat(name.removeprefix(prefix))
+        readable = original is not None and original.path == path
+    else:
+        readable = module_from_kohya(name, family) == module
+    if not readable:
         raise AdapterError(f"The kohya name of {module!r} would not be readable again, so it is not written.")
     return name
 
 
-def module_from_kohya(name: str) -> str | None:
-    """The canonical module of a kohya name (diffusers' or LDM's spelling), or None when it is not one."""
-    for prefix, component in _KOHYA_COMPONENTS.items():
+def module_from_kohya(name: str, family: str = "") -> str | None:
+    """The canonical module of a kohya name (diffusers' or LDM's spelling), or None when it is not one.
+
+    Names of FLUX's and SD3's original layers are not read here, as several modules can be in one.
+
+    Args:
+        name: without the tensor's suffix.
+        family: decides which text encoder T5 is.
+    """
+    for prefix, found in FLAT_PREFIXES.items():
         if name.startswith(prefix):
+            component = t5_component(family) if found == T5 else found
             rest = name.removeprefix(prefix)
-            path = _from_ldm(rest) if component == "denoiser" else None
+            path = _from_ldm(rest) if component == "denoiser" else _t5(rest)
             path = path or _unjoin(rest)
             return f"{component}.{canonical_path(component, path)}" if path else None
     return None
+
+
+def _t5(name: str) -> str | None:
+    """`encoder_block_0_layer_0_SelfAttention_q` -> dotted; None when it is not one."""
+    match = _T5.fullmatch(name)
+    if match is None:
+        return None
+    layer, _, leaf = match[3].partition("_")
+    return f"encoder.block.{match[1]}.layer.{match[2]}.{layer}.{leaf}"
 
 
 def _unjoin(name: str) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabooth import durable
 from lorabooth.adapters import file, formats, names
+from lorabooth.adapters.family import naming_family
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.adapters.stored import StoredAdapter
 from lorabooth.errors import AdapterError
@@ -79,9 +80,9 @@ def common_family(adapters: Sequence[StoredAdapter]) -> str:
     return next(iter(found), "")
 
 
-def layout_for(family: str, wanted: str | None = None) -> str:
-    """The layout to write: kohya's, which most tools open, unless the family has no such names."""
-    return wanted or ("kohya" if family in names.KOHYA_PREFIXES else "diffusers")
+def layout_for(family: str, modules: Collection[str], wanted: str | None = None) -> str:
+    """The layout to write: kohya's, which most tools open, unless the modules have no such names."""
+    return wanted or ("kohya" if naming_family(family, modules) in names.KOHYA_PREFIXES else "diffusers")
 
 
 def described(metadata: Metadata, tensors: Mapping[str, Tensor]) -> Metadata:

@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabooth import durable
-from lorabooth.adapters import file, formats, lora_config, names
+from lorabooth.adapters import file, formats, lora_config
 from lorabooth.adapters.folders import CONFIG_NAME, WEIGHTS_NAME
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.errors import RecipeError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
 def export_peft(
-    folder: Path, tensors: Mapping[str, Tensor], metadata: Metadata, *, text_model_prefix: bool = False
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Metadata,
+    *,
+    text_model_prefix: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Path]:
     """Write one PEFT folder per component: `folder/unet`, `folder/text_encoder`, ...
 
@@ -30,6 +36,7 @@ def export_peft(
         metadata: kept in the weights' header.
         text_model_prefix: PEFT needs the names of the loaded module tree; True for transformers versions
             whose CLIP text encoder still has a `text_model` submodule.
+        dtype: of the factors; float32 when None.
 
     Returns:
         Component -> its folder.
@@ -39,31 +46,45 @@ def export_peft(
         RecipeError: the folder cannot be written.
     """
     entries = {"format": "pt", **metadata.to_dict()}
-    ready = file.prepare(tensors)
-    modules = formats.ranks_and_alphas(ready)
+    ready = file.prepare(tensors, dtype)
     out: dict[str, Path] = {}
-    for component in sorted({names.split_module(module)[0] for module in modules}):
-        own = {
-            key: value for key, value in ready.items() if names.split_key(key)[0].startswith(f"{component}.")
-        }
-        flat = component.startswith("text_encoder") and not text_model_prefix
-        weights = {
-            key.replace(".model.text_model.", ".model.", 1) if flat else key: value
-            for key, value in formats.export(own, "peft", metadata.family, component).items()
-        }
-        target = out[component] = folder / lora_config.prefix_of(component)
+    for component, path in lora_config.owners(formats.ranks_and_alphas(ready)).items():
+        own = of_component(ready, component)
+        target = out[component] = folder / lora_config.prefix_of(component, path)
         try:
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecipeError(
                 f"{target} cannot be made: {error.strerror or error}.", "Choose another folder."
             ) from error
-        config = {**_CONSTANT_CONFIG, "base_model_name_or_path": metadata.base_id or None}
-        config |= lora_config.build(modules, component)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        weights = named(own, component, text_model_prefix=text_model_prefix)
+        text = config_text(own, component, base_id=metadata.base_id)
         file.save_safetensors(target / WEIGHTS_NAME, weights, entries)
         durable.save(target / CONFIG_NAME, text.encode())
     return out
+
+
+def of_component(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
+    """One component's canonical tensors."""
+    return {key: value for key, value in tensors.items() if key.startswith(f"{component}.")}
+
+
+def named(
+    tensors: Mapping[str, Tensor], component: str, *, text_model_prefix: bool = False
+) -> dict[str, Tensor]:
+    """One component's canonical tensors by PEFT's names; see `export_peft`."""
+    flat = component.startswith("text_encoder") and not text_model_prefix
+    return {
+        key.replace(".model.text_model.", ".model.", 1) if flat else key: value
+        for key, value in formats.export(tensors, "peft", "", component).items()
+    }
+
+
+def config_text(tensors: Mapping[str, Tensor], component: str, *, base_id: str = "") -> str:
+    """The text of `adapter_config.json` for one component's canonical tensors."""
+    config = {**_CONSTANT_CONFIG, "base_model_name_or_path": base_id or None}
+    config |= lora_config.build(formats.ranks_and_alphas(tensors), component)
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 _CONSTANT_CONFIG: Mapping[str, Any] = {

@@ -87,7 +87,9 @@ def resize_file(
     files = outputs.files_of(adapter)
     outputs.check_output(out, files, overwrite=overwrite)
     metadata = adapter.metadata
-    layout = outputs.layout_for(metadata.family, "diffusers" if adapter.layout == "diffusers" else None)
+    layout = outputs.layout_for(
+        metadata.family, adapter.modules, "diffusers" if adapter.layout == "diffusers" else None
+    )
     for note in adapter.notes:
         say.warn(f"{adapter.path.name}: {note}")
     tensors = adapter.tensors()

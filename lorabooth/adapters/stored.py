@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabooth.adapters import formats, layouts, lora_config, names
-from lorabooth.adapters.family import family_of
+from lorabooth.adapters.family import family_from_metadata, family_of
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.checkpoints.header import Entry, Header, read_header
 from lorabooth.checkpoints.tensors import FLOAT_DTYPES, read_scalar, read_tensor
@@ -34,6 +34,7 @@ class StoredFactor:
         entry: its dtype, its shape and its span.
         data_start: offset of the file's data part, in bytes.
         rows: [begin, end) where the factor is only these rows of the tensor.
+        swapped: its two halves of rows are stored in the other order.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class StoredFactor:
     entry: Entry
     data_start: int
     rows: tuple[int, int] | None
+    swapped: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,9 +58,10 @@ class StoredFactor:
             AdapterError: the file cannot be read any more.
         """
         try:
-            return read_tensor(self.path, self.data_start, self.entry, self.rows)
+            found = read_tensor(self.path, self.data_start, self.entry, self.rows)
         except OSError as error:
             raise AdapterError(f"The adapter file {self.path} cannot be read: {error}.") from error
+        return found.roll(found.shape[0] // 2, 0) if self.swapped else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +141,13 @@ def open_adapter(path: Path, *, component: str = "denoiser", config: str = "") -
     Raises:
         AdapterError: absent, unreadable, pickled, broken, or no plain LoRA.
     """
+    from lorabooth.adapters import folders
+
     path = Path(path)
     if path.is_dir():
-        from lorabooth.adapters import folders
-
         return folders.open_folder(path)
+    if not config and path.name == folders.WEIGHTS_NAME and path.with_name(folders.CONFIG_NAME).is_file():
+        return replace(folders.open_folder(path.parent), path=path)  # one of PEFT's, given by its weights
     return open_file(path, component=component, config=config)
 
 
@@ -151,12 +156,16 @@ def open_file(path: Path, *, component: str = "denoiser", config: str = "") -> S
     header = read_header(path)
     layout = layouts.detect(header.entries)
     _check_numbers(path.name, header)
+    if layout == "peft":
+        component = layouts.peft_component(header.entries, header.metadata, component)
     shapes = {key: entry.shape for key, entry in header.entries.items()}
-    parts = formats.locate(shapes, layout, component)
+    parts = formats.locate(shapes, layout, component, header.metadata)
     entries = {**header.metadata, "adapter_config": config} if config else header.metadata
     configs = lora_config.parse(layout, entries, component)
     factors = {
-        name: StoredFactor(path, part.key, header.entries[part.key], header.data_start, part.rows)
+        name: StoredFactor(
+            path, part.key, header.entries[part.key], header.data_start, part.rows, part.swapped
+        )
         for name, part in parts.items()
     }
     modules, notes = formats.complete(
@@ -166,18 +175,22 @@ def open_file(path: Path, *, component: str = "denoiser", config: str = "") -> S
         module: StoredModule(rank, alpha, factors[f"{module}.lora_A"], factors[f"{module}.lora_B"])
         for module, (rank, alpha) in modules.items()
     }
-    metadata = completed(Metadata.from_dict(header.metadata), stored)
+    metadata = completed(Metadata.from_dict(header.metadata), stored, header.metadata)
     return StoredAdapter(path, layout, stored, metadata, header.metadata, configs, notes)
 
 
-def completed(metadata: Metadata, modules: Mapping[str, StoredModule]) -> Metadata:
-    """Metadata with the most frequent rank and alpha of the denoiser, and the family if it was not said."""
+def completed(
+    metadata: Metadata, modules: Mapping[str, StoredModule], entries: Mapping[str, str]
+) -> Metadata:
+    """Metadata with the most frequent rank and alpha of the denoiser, and the family if it was not said.
+
+    Shapes tell the family; where they leave it open, what other tools wrote into `entries` does.
+    """
     denoiser = [m for name, m in modules.items() if name.startswith("denoiser.")] or list(modules.values())
     values = [(module.rank, module.alpha) for module in denoiser]
     rank, alpha = max(values, key=values.count)
-    family = metadata.family or family_of(
-        {name: (module.down.shape, module.up.shape) for name, module in modules.items()}
-    )
+    shapes = {name: (module.down.shape, module.up.shape) for name, module in modules.items()}
+    family = metadata.family or family_of(shapes) or family_from_metadata(entries)
     return replace(metadata, rank=rank, alpha=alpha, family=family)
 
 

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from lorabooth.cli import blend, check, demo, doctor, extract, inspect, merge, pocket, resize, sample, train
+from lorabooth.cli import (
+    blend,
+    check,
+    convert,
+    demo,
+    doctor,
+    extract,
+    inspect,
+    merge,
+    pocket,
+    resize,
+    sample,
+    train,
+)
 from lorabooth.cli.errors import DEBUG_VARIABLE, debugging, report_defect
 
 app = typer.Typer(
@@ -24,6 +37,7 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("inspect")(inspect.inspect)
 app.command("check")(check.check)
+app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)
 app.command("blend")(blend.blend)
 app.command("resize")(resize.resize)

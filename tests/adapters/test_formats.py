@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorabooth.adapters import formats, layouts, lora_config
+from lorabooth.adapters.transformer_names import to_original
 from lorabooth.errors import AdapterError
 
 number = st.integers(0, 12).map(str)
@@ -118,14 +119,134 @@ def test_export_import_is_the_identity(layout, family, data):
 
 
 @pytest.mark.parametrize("component", ["denoiser", "text_encoder"])
+@pytest.mark.parametrize("family", ["sd1", "flux"])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_peft_is_the_identity(component, data):
-    tensors = data.draw(adapters("sd1", (component,)))
-    foreign = formats.export(tensors, "peft", "sd1", component)
+def test_peft_is_the_identity(component, family, data):
+    transformer = family == "flux" and component == "denoiser"
+    tensors = data.draw(transformers(family) if transformer else adapters("sd1", (component,)))
+    foreign = formats.export(tensors, "peft", family, component)
     assert layouts.detect(foreign) == "peft"
     config = json.dumps(lora_config.build(formats.ranks_and_alphas(tensors), component))
     assert same(formats.import_(foreign, "peft", {"adapter_config": config}, component).tensors, tensors)
+
+
+# ---- FLUX and SD3: hidden width 4, MLP 16 ----
+
+WIDE = {"proj_mlp": 16, "norm_out.linear": 8}
+T5 = [f"encoder.block.0.layer.0.SelfAttention.{x}" for x in "qkvo"] + [
+    "encoder.block.11.layer.1.DenseReluDense.wi_0",
+    "encoder.block.11.layer.1.DenseReluDense.wo",
+]
+STREAMS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
+BLOCK = [*STREAMS, "attn.to_out.0", "attn.to_add_out", "ff.net.0.proj", "ff_context.net.2", "norm1.linear"]
+EMBEDDERS = ["time_text_embed.timestep_embedder.linear_1", "time_text_embed.text_embedder.linear_2"]
+PATHS = {
+    "flux": [
+        *(f"transformer_blocks.{i}.{leaf}" for i in (0, 18) for leaf in [*BLOCK, "norm1_context.linear"]),
+        *(
+            f"single_transformer_blocks.{i}.{leaf}"
+            for i in (0, 37)
+            for leaf in [*STREAMS[:3], "proj_mlp", "proj_out", "norm.linear"]
+        ),
+        *EMBEDDERS,
+        *("time_text_embed.guidance_embedder.linear_1", "x_embedder", "context_embedder"),
+        *("norm_out.linear", "proj_out"),
+    ],
+    "sd3": [
+        *(
+            f"transformer_blocks.{i}.{leaf}"
+            for i in (0, 23)
+            for leaf in [*BLOCK, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
+        ),
+        *("transformer_blocks.0.norm1_context.linear", "transformer_blocks.23.norm1_context.linear"),
+        *EMBEDDERS,
+        *("context_embedder", "norm_out.linear", "proj_out"),
+    ],
+}
+
+
+@st.composite
+def transformers(draw: st.DrawFn, family: str) -> dict[str, Tensor]:
+    """Modules of a tiny transformer; those of one layer shared, stacked, of several ranks, or in part."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    out: dict[str, Tensor] = {}
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    chosen = draw(st.lists(st.sampled_from(PATHS[family]), min_size=1, max_size=12, unique=True))
+    how = draw(st.sampled_from(["shared", "stacked", "several ranks"]))
+    if how == "shared":  # whole layers
+        wanted = {original.path for path in chosen if (original := to_original(path, family))}
+        chosen = [p for p in PATHS[family] if (o := to_original(p, family)) and o.path in wanted]
+    rank = draw(st.integers(1, 6))
+    alpha = draw(st.one_of(st.integers(1, 64).map(float), st.floats(0.0078125, 100, width=32)))
+    zero = draw(st.booleans())
+    down = torch.randn(rank, 4, generator=generator).to(dtype)
+    for path in chosen:
+        own = draw(st.integers(1, 4)) if how == "several ranks" else rank
+        last_context = family == "sd3" and path == "transformer_blocks.23.norm1_context.linear"
+        leaf = path.split(".", 2)[-1] if "_blocks" in path else path
+        wide = 8 if last_context else WIDE.get(leaf, 24 if "norm1" in leaf else 4)
+        module = f"denoiser.{path}"
+        out[f"{module}.lora_A"] = (
+            down if how == "shared" else torch.randn(own, 4, generator=generator).to(dtype)
+        )
+        up = torch.randn(wide, own, generator=generator).to(dtype)
+        out[f"{module}.lora_B"] = up * 0 + 0 if zero else up
+        out[f"{module}.alpha"] = torch.tensor(float(own) / 2 if how == "several ranks" else alpha)
+    return out
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_transformers_export_import_is_the_identity(layout, family, data):
+    tensors = data.draw(transformers(family))
+    texts = ("text_encoder", "text_encoder_2", "text_encoder_3")[: 2 if family == "flux" else 3]
+    for component in data.draw(st.lists(st.sampled_from(texts), unique=True)):
+        t5 = component == texts[-1]
+        path = data.draw(st.sampled_from(T5) if t5 else clip)
+        tensors |= {
+            f"{component}.{path}.lora_A": torch.randn(2, 3),
+            f"{component}.{path}.lora_B": torch.randn(5, 2),
+            f"{component}.{path}.alpha": torch.tensor(1.5),
+        }
+    foreign = formats.export(tensors, layout, family)
+    assert layouts.detect(foreign) == layout
+    header = {"lorabooth.family": family, **formats.export_header(tensors, layout, family)}
+    back = formats.import_(foreign, layout, json.loads(json.dumps(header)))
+    assert same(back.tensors, tensors)
+    assert back.notes == ()
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_original_layers_import_export_is_the_identity(family, data):
+    """A file as kohya's trainer writes it: whole layers, dense or block-diagonal."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    layers = {
+        "flux": [("double_blocks_3_img_attn_qkv", 3), ("single_blocks_7_linear1", 7)],
+        "sd3": [("joint_blocks_3_context_block_attn_qkv", 3), ("joint_blocks_4_x_block_attn2_qkv", 3)],
+    }[family]
+    layers += [("final_layer_adaLN_modulation_1", 2), ("joint_blocks_1_x_block_mlp_fc1", 4)][
+        : 1 if family == "flux" else 2
+    ]
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
+    foreign: dict[str, Tensor] = {}
+    for name, times in layers:
+        rank = data.draw(st.integers(1, 8))
+        up = torch.randn(4 * times, rank, generator=generator)
+        parts = {3: (4, 4, 4), 7: (4, 4, 4, 16)}.get(times, (4 * times,))
+        if data.draw(st.booleans()) and rank % len(parts) == 0:
+            up *= torch.block_diag(*[torch.ones(rows, rank // len(parts)) for rows in parts])
+            up += 0.0  # no negative zeros: they would be something
+        foreign[f"lora_unet_{name}.lora_down.weight"] = torch.randn(rank, 4, generator=generator).to(dtype)
+        foreign[f"lora_unet_{name}.lora_up.weight"] = up.to(dtype)
+        # A third of it must be told apart from the next number's: alphas of up to 22 significant bits.
+        foreign[f"lora_unet_{name}.alpha"] = torch.tensor(data.draw(st.integers(1, 2**20)) / 1024)
+    read = formats.import_(foreign, "kohya").tensors
+    assert same(formats.export(read, "kohya", family), foreign)
 
 
 def factors(rank: int = 2) -> tuple[Tensor, Tensor]:
@@ -248,9 +369,103 @@ def test_nothing_is_dropped_silently():
         ("unet.conv_in.lora_magnitude_vector", "DoRA"),
         ("model.diffusion_model.input_blocks.0.0.weight", "checkpoint"),
         ("emb_params", "inversion"),
-        ("conv_in.weight", "No LoRA"),
+        ("conv_in.weight", "checkpoint"),
+        ("step", "No LoRA"),
     ],
 )
 def test_detect_says_what_it_is_instead(key, word):
     with pytest.raises(AdapterError, match=word):
         layouts.detect([key])
+
+
+# ---- layers that hold several modules ----
+
+QKV = [f"denoiser.transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+
+
+def apart(ranks: tuple[int, ...], alphas: tuple[float, ...], dtype=torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    out: dict[str, Tensor] = {}
+    for module, rank, alpha in zip(QKV, ranks, alphas, strict=True):
+        out[f"{module}.lora_A"] = torch.randn(rank, 4, generator=generator).to(dtype)
+        out[f"{module}.lora_B"] = torch.randn(4, rank, generator=generator).to(dtype)
+        out[f"{module}.alpha"] = torch.tensor(alpha)
+    return out
+
+
+def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        module: tensors[f"{module}.lora_B"].double()
+        @ tensors[f"{module}.lora_A"].double()
+        * (float(tensors[f"{module}.alpha"]) / tensors[f"{module}.lora_A"].shape[0])
+        for module in QKV
+    }
+
+
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 2, 4)])
+def test_kohyas_rule_on_a_stacked_layer_gives_each_modules_change(ranks):
+    """`alpha / dim * up @ down` of the whole layer is, row by row, what its modules' adapters were."""
+    tensors = apart(ranks, tuple(rank / 2 for rank in ranks))
+    foreign = formats.export(tensors, "kohya", "flux")
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    down, up, alpha = (foreign[f"{name}.{x}"] for x in ("lora_down.weight", "lora_up.weight", "alpha"))
+    assert down.shape == (sum(ranks), 4)
+    assert float(alpha) == sum(ranks) / 2
+    whole = up.double() @ down.double() * (float(alpha) / down.shape[0])
+    for i, change in enumerate(changes(tensors).values()):
+        torch.testing.assert_close(whole[4 * i : 4 * i + 4], change)
+    # read without the header's word on ranks, the change is still exact
+    read = formats.import_(foreign, "kohya").tensors
+    for module, change in changes(tensors).items():
+        torch.testing.assert_close(changes(read)[module], change)
+
+
+def test_layers_that_cannot_be_one_and_what_levelling_makes_of_them():
+    uneven = apart((2, 4, 3), (2.0, 2.0, 5.0))
+    with pytest.raises(AdapterError, match="different scales"):
+        formats.export(uneven, "kohya", "flux")
+    level = formats.level_alphas(uneven)
+    for module, change in changes(uneven).items():
+        torch.testing.assert_close(changes(level)[module], change)
+        assert level[f"{module}.lora_A"].shape[0] == 4
+    foreign = formats.export(level, "kohya", "flux")
+    assert same(formats.import_(foreign, "kohya").tensors, level)
+    mixed = apart((2, 2, 2), (1.0, 1.0, 1.0))
+    mixed[f"{QKV[1]}.lora_A"] = mixed[f"{QKV[1]}.lora_A"].half()
+    with pytest.raises(AdapterError, match="different dtypes"):
+        formats.export(mixed, "kohya", "flux")
+    narrow = apart((2, 2, 2), (1.0, 1.0, 1.0))
+    narrow[f"{QKV[1]}.lora_B"] = narrow[f"{QKV[1]}.lora_B"][:3]
+    with pytest.raises(AdapterError, match="must have 4, 4, 4 rows"):
+        formats.export(narrow, "kohya", "flux")
+    with pytest.raises(AdapterError, match="not a module of flux"):
+        formats.export(apart((1, 1, 1), (1.0, 1.0, 1.0)) | whole_module("denoiser.conv_in"), "kohya", "flux")
+
+
+def whole_module(module: str) -> dict[str, Tensor]:
+    down, up = factors()
+    return {f"{module}.lora_A": down, f"{module}.lora_B": up, f"{module}.alpha": torch.tensor(1.0)}
+
+
+def test_a_record_of_ranks_that_is_wrong_is_not_believed():
+    tensors = apart((1, 2, 3), (1.0, 2.0, 3.0))
+    foreign = formats.export(tensors, "kohya", "flux")
+    assert same(
+        formats.import_(foreign, "kohya", formats.export_header(tensors, "kohya", "flux")).tensors, tensors
+    )
+    for text in (
+        "{",
+        "[]",
+        '{"transformer_blocks.0.attn.to_q": [2, 2, 2]}',
+        '{"transformer_blocks.0.attn.to_q": 3}',
+    ):
+        read = formats.import_(foreign, "kohya", {"lorabooth.fused": text}).tensors
+        for module, change in changes(tensors).items():
+            torch.testing.assert_close(changes(read)[module], change)
+
+
+@pytest.mark.parametrize("start", ["pissa", "PiSSA_niter_16", "olora", "corda"])
+def test_initialisations_that_change_the_base_are_refused(start):
+    with pytest.raises(AdapterError, match="also changes the base"):
+        lora_config.alpha_of({"lora_alpha": 4, "init_lora_weights": start}, "denoiser", "x", 4)
+    assert lora_config.alpha_of({"lora_alpha": 4, "init_lora_weights": "gaussian"}, "denoiser", "x", 4) == 4

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lorabooth.adapters import file, inject, peft_folder
+from lorabooth.adapters import file, formats, inject, peft_folder
+from lorabooth.adapters.convert import convert_file
 from lorabooth.adapters.folders import open_folder
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.errors import AdapterError
@@ -235,3 +237,37 @@ def test_file_that_unet_saves_alone(sd1, tmp_path):
     fresh = sd1.load()
     inject.attach_tensors(fresh, got.tensors)
     assert_close(outputs(fresh), expected)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_converted_adapters_open_in_peft_and_diffusers(base, trained, tmp_path, mixed):
+    from peft import PeftModel
+
+    components = base.load()
+    tensors = trained(components, alpha=7.0)
+    if mixed:  # several alphas, which diffusers reads right in its own layout
+        for i, key in enumerate(sorted(k for k in tensors if k.endswith(".alpha"))):
+            tensors[key] = torch.tensor(1.0 + i % 3)
+        inject.detach(components)
+        inject.attach_tensors(components, tensors)
+    expected = outputs(components)
+    foreign = formats.export(tensors, "kohya", "sd1")
+    save_file(foreign, tmp_path / "kohya.safetensors", {"ss_base_model_version": "sd_v1"})
+    convert_file(tmp_path / "kohya.safetensors", tmp_path / "peft", to="peft")
+    other = base.load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # on missing keys
+        warnings.simplefilter("error", RuntimeWarning)  # on patterns that match nothing
+        opened = {
+            name: PeftModel.from_pretrained(other[name], tmp_path / "peft" / folder)
+            for name, folder in (("denoiser", "unet"), ("text_encoder", "text_encoder"))
+        }
+    assert_close(outputs({name: model.base_model.model for name, model in opened.items()}), expected)
+    convert_file(tmp_path / "peft", tmp_path / "diffusers", to="diffusers")
+    pipe = base.pipeline()
+    pipe.load_lora_weights(str(tmp_path / "diffusers"))
+    assert_close(outputs(parts(pipe)), expected)
+    convert_file(tmp_path / "diffusers", tmp_path / "level", to="kohya", level_alphas=True)
+    pipe = base.pipeline()
+    pipe.load_lora_weights(str(tmp_path / "level" / "diffusers.safetensors"))
+    assert_close(outputs(parts(pipe)), expected)

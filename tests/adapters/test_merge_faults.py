@@ -1,4 +1,4 @@
-"""A merge that is killed, interrupted or short of disk leaves the target as it was, and no litter for long."""
+"""A merge that is killed, interrupted or short of disk leaves the target as it was, and no litter to stay."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorabooth.adapters import names
+from lorabooth.adapters import names, transformer_names
 from lorabooth.errors import AdapterError
 
 
@@ -89,6 +89,67 @@ def test_every_layer_of_the_real_trees_has_its_own_name_and_reads_back(family):
     written = {path: names.kohya_name(f"denoiser.{path}", family) for path in layers}
     assert len(set(written.values())) == len(layers)
     assert all(names.module_from_kohya(name) == f"denoiser.{path}" for path, name in written.items())
+
+
+def transformer(family: str) -> nn.Module:
+    """Two blocks of each kind of the real network, with thin layers, without storage."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+    thin = {"attention_head_dim": 8, "num_attention_heads": 2, "in_channels": 4, "pooled_projection_dim": 8}
+    with torch.device("meta"):
+        if family == "flux":
+            return FluxTransformer2DModel(
+                num_layers=2,
+                num_single_layers=2,
+                joint_attention_dim=8,
+                guidance_embeds=True,
+                axes_dims_rope=(2, 2, 4),
+                **thin,
+            )
+        return SD3Transformer2DModel(
+            num_layers=2,
+            joint_attention_dim=8,
+            caption_projection_dim=16,
+            sample_size=8,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            **thin,
+        )
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_every_layer_of_the_real_transformers_has_an_original_layer(family):
+    layers = [n for n, m in transformer(family).named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert len(layers) > 30
+    originals = {path: transformer_names.to_original(path, family) for path in layers}
+    assert [path for path, original in originals.items() if original is None] == []
+    for path, original in originals.items():
+        assert path in original.modules
+        assert set(original.modules) <= set(layers) or ".attn2." in path
+        assert transformer_names.from_original(original.path).modules == original.modules
+        assert transformer_names.from_flat(original.path.replace(".", "_")).modules == original.modules
+        flat = path.replace(".", "_")
+        assert names.module_from_kohya(f"lora_transformer_{flat}") == f"denoiser.{path}"
+        assert names.kohya_name(f"denoiser.{original.path}", family) == (
+            "lora_unet_" + original.path.replace(".", "_")
+        )
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_every_layer_of_t5_has_its_own_name(family):
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        t5 = T5EncoderModel(
+            T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+        )
+    component = names.t5_component(family)
+    layers = [n for n, m in t5.named_modules() if isinstance(m, nn.Linear)]
+    assert len(layers) == 14
+    for path in layers:
+        name = names.kohya_name(f"{component}.{path}", family)
+        assert name == f"lora_te3_{path.replace('.', '_')}"
+        assert names.module_from_kohya(name, family) == f"{component}.{path}"
 
 
 @pytest.mark.parametrize(
