@@ -1,6 +1,7 @@
 """Files of SDXL's size and names with random weights: a single-file checkpoint and adapters.
 
 The module trees are built from the published configs without storage; only their names and shapes are used.
+Other sizes: Stable Diffusion 1.5, and a tiny SDXL that shows in seconds that a benchmark runs.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +59,90 @@ CLIP_G: dict[str, Any] = {
 }
 
 
-def component_shapes() -> dict[str, Shapes]:
-    """Names and shapes of SDXL base 1.0's parts, as diffusers and transformers have them."""
+TINY_UNET: dict[str, Any] = UNET_CONFIG | {
+    "block_out_channels": (64, 128, 128),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (2, 4, 4),
+    "cross_attention_dim": 160,
+    "projection_class_embeddings_input_dim": 96 + 6 * 256,
+}
+TINY_VAE: dict[str, Any] = VAE_CONFIG | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1}
+TINY_CLIP: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+    "vocab_size": 600,
+    "bos_token_id": 598,
+    "eos_token_id": 599,
+}
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Configs of a base model's parts; without a second text encoder it is a Stable Diffusion 1 model.
+
+    Attributes:
+        unet: of UNet2DConditionModel.
+        vae: of AutoencoderKL.
+        text_encoder: of CLIPTextConfig.
+        text_encoder_2: of the second one, with projection; None where there is none.
+    """
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text_encoder: Mapping[str, Any]
+    text_encoder_2: Mapping[str, Any] | None = None
+
+
+SDXL = Size(UNET_CONFIG, VAE_CONFIG, CLIP_L, CLIP_G)
+TINY_SDXL = Size(
+    TINY_UNET,
+    TINY_VAE,
+    TINY_CLIP,
+    TINY_CLIP | {"hidden_size": 96, "projection_dim": 96, "hidden_act": "gelu"},
+)
+SD15 = Size(SD15_UNET, VAE_CONFIG | {"sample_size": 512, "scaling_factor": 0.18215}, CLIP_L)
+TINY_SD15 = Size(SD15_UNET | {"block_out_channels": (32, 64, 64, 64)}, TINY_VAE, TINY_CLIP)
+
+
+def meta_modules(size: Size = SDXL) -> dict[str, Any]:
+    """The parts of a base model without storage, by the names of their folders."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
-        modules = {
-            "unet": UNet2DConditionModel(**UNET_CONFIG),
-            "vae": AutoencoderKL(**VAE_CONFIG),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L)),
-            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G)),
+        modules: dict[str, Any] = {
+            "unet": UNet2DConditionModel(**size.unet),
+            "vae": AutoencoderKL(**size.vae),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**size.text_encoder)),
         }
-    return {
-        name: {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        for name, module in modules.items()
-    }
+        if size.text_encoder_2 is not None:
+            modules["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**size.text_encoder_2))
+    return modules
 
 
-def single_file_shapes() -> Shapes:
-    """The same as one checkpoint in the original (LDM) layout; q, k and v of OpenCLIP are one matrix."""
-    parts = component_shapes()
+def shapes_of(module: Any) -> Shapes:
+    """Names and shapes of a module's tensors."""
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+def component_shapes(size: Size = SDXL) -> dict[str, Shapes]:
+    """Names and shapes of a base model's parts, as diffusers and transformers have them."""
+    return {name: shapes_of(module) for name, module in meta_modules(size).items()}
+
+
+def single_file_shapes(size: Size = SDXL) -> Shapes:
+    """SDXL as one checkpoint in the original (LDM) layout; q, k and v of OpenCLIP are one matrix."""
+    parts = component_shapes(size)
     out: Shapes = {}
     for key, shape in parts["unet"].items():
         module, _, leaf = key.rpartition(".")
@@ -96,7 +161,7 @@ def single_file_shapes() -> Shapes:
 
 
 def lora_shapes(
-    rank: int, *, feed_forward: bool = True
+    rank: int, *, feed_forward: bool = True, size: Size = SDXL
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """UNet module path -> shapes of (lora_A, lora_B), as kohya's trainer adapts SDXL by default."""
     wanted = r".*\.(to_[qkv]|to_out\.0" + (
@@ -106,21 +171,28 @@ def lora_shapes(
         path: ((rank, shape[1]), (shape[0], rank))
         for path, shape in (
             (key.removesuffix(".weight"), shape)
-            for key, shape in component_shapes()["unet"].items()
+            for key, shape in component_shapes(size)["unet"].items()
             if key.endswith(".weight") and len(shape) == 2
         )
         if re.fullmatch(wanted, path)
     }
 
 
-def write_file(path: Path, shapes: Shapes, dtype: str = "F16", scale: float = 0.02, seed: int = 0) -> int:
+def write_file(
+    path: Path,
+    shapes: Shapes,
+    dtype: str = "F16",
+    scale: float = 0.02,
+    seed: int = 0,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
     """Write random tensors as a .safetensors file, a few megabytes at a time; returns its size in bytes.
 
     Tensors without dimensions (alphas) come last and are 1.
     """
     width = {"F16": 2, "F32": 4}[dtype]
     kind = {"F16": np.float16, "F32": np.float32}[dtype]
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     ones = sum(shape == () for shape in shapes.values())
     for key, shape in sorted(shapes.items(), key=lambda item: item[1] == ()):
@@ -145,17 +217,17 @@ def write_file(path: Path, shapes: Shapes, dtype: str = "F16", scale: float = 0.
     return path.stat().st_size
 
 
-def write_single_file(path: Path) -> int:
+def write_single_file(path: Path, size: Size = SDXL) -> int:
     """SDXL as one fp16 checkpoint of 6.9 GB."""
-    return write_file(path, single_file_shapes())
+    return write_file(path, single_file_shapes(size))
 
 
-def write_adapter(path: Path, rank: int, *, dtype: str = "F16", seed: int = 1) -> int:
+def write_adapter(path: Path, rank: int, *, dtype: str = "F16", seed: int = 1, size: Size = SDXL) -> int:
     """An adapter for it in kohya's layout."""
     from lorabooth.adapters import names
 
     shapes: Shapes = {}
-    for module, (down, up) in lora_shapes(rank).items():
+    for module, (down, up) in lora_shapes(rank, size=size).items():
         name = names.kohya_name(f"denoiser.{module}", "sdxl")
         shapes |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": ()}
     return write_file(path, shapes, dtype, seed=seed)

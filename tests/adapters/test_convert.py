@@ -369,9 +369,14 @@ def test_what_is_refused(tmp_path, kohya):
         refused(match, broken, out, to="diffusers")
     lonely = {k: v for k, v in good.items() if "attn1" in k}
     save_file({k.replace("lora_unet_", "lycoris_"): v for k, v in lonely.items()}, tmp_path / "l.safetensors")
-    refused("--family", tmp_path / "l.safetensors", out, to="kohya")
-    assert isinstance(convert_file(tmp_path / "l.safetensors", out, to="kohya", family="sd1"), ConvertReport)
+    report = convert_file(tmp_path / "l.safetensors", out, to="kohya")
+    assert isinstance(report, ConvertReport)  # attention alone: SD1's and SD2's names, which are the same
     assert same(load_file(out), lonely)
+    out.unlink()
+    strange = {"transformer.blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 8)}
+    strange["transformer.blocks.0.attn.to_q.lora_B.weight"] = torch.ones(8, 2)
+    save_file(strange, tmp_path / "strange.safetensors")
+    refused("--family", tmp_path / "strange.safetensors", out, to="kohya")
 
 
 def test_a_folder_is_replaced_only_if_it_holds_nothing_but_an_adapter(tmp_path, kohya):
