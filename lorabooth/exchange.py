@@ -10,17 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabooth.adapters import check as checking
-from lorabooth.adapters import extract as extracting
-from lorabooth.adapters import merge as merging
-from lorabooth.adapters.check import CheckReport
-from lorabooth.adapters.extract import ExtractReport
+from lorabooth.adapters.check import CheckReport, check_adapter
 from lorabooth.adapters.merge import MergeReport, Merging
+from lorabooth.adapters.merge import merge as merge_files
 from lorabooth.families import source
 from lorabooth.progress import Reporter
 
 if TYPE_CHECKING:
     import torch
+
+    from lorabooth.adapters.extract import ExtractReport
 
 
 def merge(
@@ -48,7 +47,7 @@ def merge(
         AdapterError, BaseModelError, RecipeError, TrainingError: see there.
     """
     found, _ = source.locate(str(base), reporter=reporter)
-    return merging.merge(
+    return merge_files(
         found,
         [_merging(one) for one in adapters],
         Path(out),
@@ -74,9 +73,9 @@ def check(
         BaseModelError: the base is absent or broken.
     """
     if base is None:
-        return checking.check_adapter(Path(path), None, reporter)
+        return check_adapter(Path(path), None, reporter)
     found, _ = source.locate(str(base), reporter=reporter)
-    report = checking.check_adapter(Path(path), found, reporter)
+    report = check_adapter(Path(path), found, reporter)
     return report if Path(base).exists() else replace(report, base=str(base))
 
 
@@ -106,6 +105,8 @@ def extract(
     Raises:
         AdapterError, BaseModelError, RecipeError, TrainingError: see `adapters.extract.extract`.
     """
+    from lorabooth.adapters import extract as extracting  # torch, which the others do without until they read
+
     found, _ = source.locate(str(base), reporter=reporter)
     other, _ = source.locate(str(tuned), reporter=reporter)
     return extracting.extract(

@@ -7,6 +7,7 @@ when another program keeps a core busy.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,8 @@ Result = TypeVar("Result")
 
 def on_all_cores(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """The results of a function on all items, in their order. Leaving early cancels what has not begun."""
-    with one_thread_each(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with one_thread_each() as ready, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        ready()
         waiting = deque(pool.submit(work, item) for item in items)
         try:
             while waiting:
@@ -29,13 +31,27 @@ def on_all_cores(work: Callable[[Item], Result], items: Sequence[Item]) -> Itera
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Within the block every thread computes on one core; afterwards torch is as it was."""
-    import torch
+def one_thread_each() -> Iterator[Callable[[], None]]:
+    """Within the block every thread computes on one core; afterwards torch is as it was.
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    Torch is imported beside the block, as that takes a second or two which copying can use. Yields a function
+    that waits for it; who computes calls that first.
+    """
+    before: list[int] = []
+
+    def load() -> None:
+        import torch
+
+        before.append(torch.get_num_threads())
+        torch.set_num_threads(1)
+
+    loading = threading.Thread(target=load, name="import torch")
+    loading.start()
     try:
-        yield
+        yield loading.join
     finally:
-        torch.set_num_threads(before)
+        loading.join()
+        for number in before:
+            import torch
+
+            torch.set_num_threads(number)

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from lorabooth import durable
 from lorabooth.adapters import names
+from lorabooth.adapters.bits import scan
 from lorabooth.adapters.cores import one_thread_each
 from lorabooth.adapters.delta import Change, Contribution, chunk_function
 from lorabooth.adapters.stored import StoredAdapter, open_adapter
 from lorabooth.checkpoints import copying, inventory
 from lorabooth.checkpoints.header import Entry
 from lorabooth.checkpoints.inventory import Base, Slot
-from lorabooth.checkpoints.rewrite import Span, rewrite
-from lorabooth.checkpoints.tensors import is_finite
+from lorabooth.checkpoints.rewrite import ChunkFunction, Span, rewrite
 from lorabooth.errors import AdapterError, BaseModelError
 from lorabooth.progress import Reporter, Silent
 
@@ -157,10 +157,10 @@ def merge(
         raise AdapterError(f"Nothing of the adapter fits {opened.path}.", _FAMILY_HINT)
     copied = copying.plan_copy(opened, {names.split_module(module)[0] for module in wanted})
     durable.require_space(out.parent, copied.n_bytes)
-    with durable.user_errors(out), one_thread_each():
+    with durable.user_errors(out), one_thread_each() as ready:
         _require_finite(stored, say)
         out.parent.mkdir(parents=True, exist_ok=True)
-        measured = _write(opened, wanted, copied, out, say)
+        measured = _write(opened, wanted, copied, out, say, ready)
     return MergeReport(
         out=out,
         family=opened.family,
@@ -268,7 +268,7 @@ def _require_finite(stored: Sequence[StoredAdapter], reporter: Reporter) -> None
         for adapter in stored:
             for module, found in adapter.modules.items():
                 for kind, factor in (("lora_A", found.down), ("lora_B", found.up)):
-                    if not is_finite(factor.read()):
+                    if not scan(factor.path, factor.data_start, factor.entry)[0]:
                         raise AdapterError(
                             f"{adapter.path.name}: {module}.{kind} holds NaN or infinity.",
                             "Such an adapter gives black images; use an earlier checkpoint.",
@@ -277,7 +277,12 @@ def _require_finite(stored: Sequence[StoredAdapter], reporter: Reporter) -> None
 
 
 def _write(
-    base: Base, wanted: Wanted, copied: copying.CopyPlan, out: Path, reporter: Reporter
+    base: Base,
+    wanted: Wanted,
+    copied: copying.CopyPlan,
+    out: Path,
+    reporter: Reporter,
+    ready: Callable[[], None],
 ) -> tuple[MergedModule, ...]:
     """Write every file of the base, merged where something is wanted."""
     change: dict[str, Change] = {}
@@ -285,7 +290,7 @@ def _write(
     for module, contributions in wanted.items():
         change[module] = Change()
         for slot in base.slots[f"{module}.weight"]:
-            spans.setdefault(slot.file, []).append(_span(base, slot, contributions, change[module]))
+            spans.setdefault(slot.file, []).append(_span(base, slot, contributions, change[module], ready))
     by_path = {base.files[index].path: found for index, found in spans.items()}
     total_mib = max(1, copied.n_bytes >> 20)
     with reporter.task("Merging", total_mib, "MiB") as task, durable.staged(out) as beside:
@@ -316,7 +321,9 @@ class _Mebibytes:
             self.advance(step)
 
 
-def _span(base: Base, slot: Slot, contributions: Sequence[Contribution], change: Change) -> Span:
+def _span(
+    base: Base, slot: Slot, contributions: Sequence[Contribution], change: Change, ready: Callable[[], None]
+) -> Span:
     """The bytes of one weight, and how they are computed."""
     file = base.files[slot.file]
     entry: Entry = file.header.entries[slot.key]
@@ -327,11 +334,16 @@ def _span(base: Base, slot: Slot, contributions: Sequence[Contribution], change:
     for size in entry.shape[1:]:
         columns *= size
     rows = max(1, _CHUNK_ELEMENTS // columns)
+
+    def begin() -> ChunkFunction:
+        ready()
+        return chunk_function(contributions, entry.dtype, columns, slot.transposed, change)
+
     return Span(
         start + begin_row * row_bytes,
         start + end_row * row_bytes,
         rows * row_bytes,
-        lambda: chunk_function(contributions, entry.dtype, columns, slot.transposed, change),
+        begin,
     )
 
 

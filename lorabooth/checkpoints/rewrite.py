@@ -71,10 +71,9 @@ def rewrite(
         cloned = _clone(inward, out)
         if not cloned:
             _reserve(out, size)
-        jobs = [_span_job(inward, out, span) for span in spans]
-        if not cloned:
-            jobs += [_copy_job(inward, out, *part) for part in _between(spans, size)]
-        jobs.sort(key=lambda job: job.begin)
+        # Copying first: what computes may still have a library to load.
+        copies = [] if cloned else [_copy_job(inward, out, *part) for part in _between(spans, size)]
+        jobs = [*copies, *(_span_job(inward, out, span) for span in sorted(spans, key=lambda one: one.begin))]
         unsent = 0
         for done in _run(jobs, workers or min(4, os.cpu_count() or 1)):
             on_bytes(done)
@@ -88,7 +87,6 @@ def rewrite(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    begin: int
     n_bytes: int
     work: Callable[[], None]
 
@@ -122,11 +120,11 @@ def _span_job(inward: _Channel, out: _Channel, span: Span) -> _Job:
             change(chunk, begin - span.begin)
             out.write(begin, chunk)
 
-    return _Job(span.begin, span.end - span.begin, work)
+    return _Job(span.end - span.begin, work)
 
 
 def _copy_job(inward: _Channel, out: _Channel, begin: int, end: int) -> _Job:
-    return _Job(begin, end - begin, lambda: _copy(inward, out, begin, end))
+    return _Job(end - begin, lambda: _copy(inward, out, begin, end))
 
 
 def _between(spans: Sequence[Span], size: int) -> Iterator[tuple[int, int]]:

@@ -72,13 +72,15 @@ def report_text(report: BlendReport) -> str:
     """The report to read in a terminal."""
     count = len(report.strengths)
     strengths = ", ".join(f"{strength:g}" for strength in report.strengths)
+    larger = report.bytes_after > 1.5 * report.bytes_before
+    hint = " (fp32, so that nothing is rounded; --dtype fp16 halves it)" if larger else ""
     return "\n".join(
         [
             f"{report.method} of {count} adapter{'s' * (count != 1)}, strength {strengths}",
             "",
             table_text(report.table),
             "",
-            f"size  {size_text(report.bytes_before)} -> {size_text(report.bytes_after)}",
+            f"size  {size_text(report.bytes_before)} -> {size_text(report.bytes_after)}{hint}",
             f"file  {report.out}",
         ]
     )

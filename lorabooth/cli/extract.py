@@ -67,7 +67,5 @@ def report_text(report: ExtractReport) -> str:
             f"change, which no adapter holds ({', '.join(report.rest.examples[:2])})"
         )
     lines += [f"note   {note}" for note in report.notes]
-    lines.append(
-        f"error  {error_text(report.relative_error)} of the whole change is lost by merging the adapter"
-    )
+    lines.append(f"error  {error_text(report.relative_error)} of the whole change is not in the adapter")
     return "\n".join([*lines, f"file   {report.out} ({size_text(report.n_bytes)})"])
