@@ -308,9 +308,15 @@ def _save(path: Path, image: Image, facts: Mapping[str, str]) -> None:
 
 
 def _digest(path: Path) -> str:
-    """First 16 hex digits of the SHA-256 of an adapter file, or of the tensors in a PEFT folder."""
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    """First 16 hex digits of the SHA-256 of an adapter's file, or of its files one after the other."""
+    from lorabooth.adapters.stored import open_adapter
+
+    modules = open_adapter(path).modules.values()
+    files = dict.fromkeys(factor.path for module in modules for factor in (module.down, module.up))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _device_and_dtype(device: str, dtype: Dtype) -> tuple[torch.device, torch.dtype]:
