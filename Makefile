@@ -32,8 +32,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Takes half an hour, 17 GB of disk and 16 GB of memory.
 bench: setup
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/merge.py --work build/bench
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

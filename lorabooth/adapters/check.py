@@ -183,7 +183,7 @@ def _read_all(files: Sequence[OpenedFile], reporter: Reporter) -> tuple[list[str
     not_finite: list[str] = []
     zero: set[str] = set()
     total = sum(len(file.header.entries) for file in files)
-    with reporter.task("checking", total, "tensor") as task:
+    with reporter.task("Checking", total, "tensor") as task:
         for file in files:
             try:
                 for key, entry in file.header.entries.items():

@@ -150,7 +150,7 @@ def _read(adapter: StoredAdapter, reporter: Reporter) -> dict[str, Tensor]:
     import torch
 
     out: dict[str, Tensor] = {}
-    with reporter.task(f"read {adapter.path.name}", len(adapter.modules), "module") as task:
+    with reporter.task(f"Reading {adapter.path.name}", len(adapter.modules), "module") as task:
         for name, module in adapter.modules.items():
             out[f"{name}.lora_A"] = module.down.read()
             out[f"{name}.lora_B"] = module.up.read()

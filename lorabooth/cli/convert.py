@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorabooth.cli.console import reporter_for
+from lorabooth.cli.console import dtype_text, reporter_for
 from lorabooth.cli.errors import command
 from lorabooth.cli.rank_table import size_text, torch_dtype
 
@@ -61,14 +61,14 @@ def convert(
 
 
 def report_text(report: ConvertReport) -> str:
-    """What it was and what was written, in two lines, more for several files."""
+    """What it was, what it is now, and where."""
     ranks = "-".join(str(rank) for rank in dict.fromkeys(report.ranks))
     was = [
-        f"{report.layout} adapter",
+        f"from  {report.layout}",
         report.family or "family unknown",
         f"{report.n_modules} module{'s' * (report.n_modules != 1)} of {', '.join(report.components)}",
         f"rank {ranks}",
-        ", ".join(report.dtypes),
+        " and ".join(map(dtype_text, report.dtypes)),
     ]
-    files = ", ".join(str(path) for path in report.files)
-    return f"{', '.join(was)}\n{report.to}: {files}, {size_text(report.n_bytes)}"
+    lines = [", ".join(was), f"to    {report.to}, {size_text(report.n_bytes)}"]
+    return "\n".join([*lines, *(f"file  {path}" for path in report.files)])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lorabooth.adapters import file, inject, merge
 from lorabooth.adapters.merge import Merging
 from lorabooth.adapters.metadata import Metadata
+from lorabooth.adapters.stored import open_adapter
 from lorabooth.checkpoints.header import read_header
 from lorabooth.checkpoints.inventory import open_base
 from lorabooth.errors import AdapterError, BaseModelError
@@ -364,3 +365,42 @@ def test_inventories_of_a_folder_and_of_its_single_file_agree(base, tmp_path):
     assert {k: v[0].shape for k, v in folder.slots.items()} == {
         k: v[0].shape for k, v in checkpoint.slots.items()
     }
+
+
+def test_a_transformer_in_a_diffusers_folder(tmp_path, trained):
+    """FLUX: of the same file its kohya form has q, k and v in one matrix, and merges to the same weights."""
+    from diffusers import FluxTransformer2DModel
+
+    from lorabooth.adapters.convert import convert_file
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = FluxTransformer2DModel(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=8,
+            axes_dims_rope=(2, 2, 4),
+        )
+    folder = tmp_path / "flux"
+    transformer.save_pretrained(folder / "transformer")
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    patterns = (r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)", r".*\.(proj_mlp|proj_out)")
+    tensors = trained({"denoiser": transformer}, patterns=patterns, text=False)
+    plain = FluxTransformer2DModel.from_pretrained(folder / "transformer").state_dict()
+    path = tmp_path / "a.safetensors"
+    file.write(path, tensors, Metadata(family="flux"), layout="diffusers")
+    convert_file(path, tmp_path / "kohya.safetensors", to="kohya")
+    for adapter in (path, tmp_path / "kohya.safetensors"):
+        report = merge.merge(folder, [Merging(adapter, 0.5)], tmp_path / adapter.stem)
+        assert report.family == "flux"
+        merged = FluxTransformer2DModel.from_pretrained(tmp_path / adapter.stem / "transformer").state_dict()
+        changed = {key for key in plain if not torch.equal(plain[key], merged[key])}
+        assert changed == {f"{m.removeprefix('denoiser.')}.weight" for m in open_adapter(path).modules}
+        for module in open_adapter(path).modules:
+            key = f"{module.removeprefix('denoiser.')}.weight"
+            delta = tensors[f"{module}.lora_B"] @ tensors[f"{module}.lora_A"] * (0.5 * 6.0 / 4)
+            torch.testing.assert_close(merged[key], plain[key] + delta, rtol=1e-5, atol=1e-6)

@@ -45,8 +45,9 @@ def test_what_it_was_and_what_was_written(dog, tmp_path):
     written = out / "pytorch_lora_weights.safetensors"
     size = written.stat().st_size / 1000
     assert found.stdout.splitlines() == [
-        "kohya adapter, sd1, 2 modules of denoiser, text_encoder, rank 4-8, F16",
-        f"diffusers: {written}, {size:.1f} kB",
+        "from  kohya, sd1, 2 modules of denoiser, text_encoder, rank 4-8, fp16",
+        f"to    diffusers, {size:.1f} kB",
+        f"file  {written}",
     ]
     again = run(dog, "--to", "diffusers", "--out", out)
     assert again.exit_code == 5
