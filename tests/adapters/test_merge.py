@@ -404,3 +404,25 @@ def test_a_transformer_in_a_diffusers_folder(tmp_path, trained):
             key = f"{module.removeprefix('denoiser.')}.weight"
             delta = tensors[f"{module}.lora_B"] @ tensors[f"{module}.lora_A"] * (0.5 * 6.0 / 4)
             torch.testing.assert_close(merged[key], plain[key] + delta, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_of_training_alone(base, tmp_path):
+    """An adapter trained with dropout merges to what it computes when it is not in training."""
+    components = base.load()
+    target = inject.Target("denoiser", (r".*attn[12]\.to_(q|k|v|out\.0)",), 4, 6.0, dropout=0.5)
+    attached = inject.attach(components, [target], seed=0)
+    with torch.no_grad():
+        for weight in attached.up_weights():
+            weight.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    for module in components.values():
+        module.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        training = outputs(components)[0]
+    for module in components.values():
+        module.eval()
+    evaluated = outputs(components)[0]
+    assert difference(training, evaluated) > 1e-2
+    path = save(inject.tensors(components), tmp_path / "a.safetensors")
+    merge.merge(base.folder, [Merging(path)], tmp_path / "merged")
+    assert difference(outputs(load(tmp_path / "merged"))[0], evaluated) < 1e-5

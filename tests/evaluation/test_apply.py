@@ -147,3 +147,20 @@ def test_a_pipeline_without_denoiser_is_refused() -> None:
 
     with pytest.raises(AdapterError, match="no UNet"):
         load_adapter(DiffusionPipeline(), "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_other_pipelines_of_the_family(kind, pipeline, files):
+    """They share the modules, so the effect is the same, and so is its absence afterwards."""
+    import diffusers
+
+    components = dict(pipeline.components)
+    other = getattr(diffusers, kind)(**components, requires_safety_checker=False)
+    before = output(pipeline)
+    handle = load_adapter(other, files[0], strength=0.7, name="dog")
+    assert not torch.equal(output(other), before)
+    reference = load_adapter(pipeline, files[0], strength=0.0, name="other")
+    assert torch.equal(output(pipeline), output(other))
+    reference.remove()
+    handle.remove()
+    assert torch.equal(output(other), before)
