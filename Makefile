@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench setup clean
+.PHONY: demo test test-all soak lint bench setup clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ test: setup
 # The default ones and the slow ones.
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
+
+# 500 times SIGKILL, in real processes, and a count of what that did. Hours; faster with --fork, see the file.
+soak: setup
+	$(BIN)/python -m tests.faults.soak --kills 500
 
 lint: setup
 	$(BIN)/ruff check .

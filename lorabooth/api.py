@@ -12,9 +12,10 @@ from lorabooth.evaluation.sample import file_name
 from lorabooth.progress import Reporter, Silent
 from lorabooth.recipe import Recipe
 from lorabooth.run_report import write_run_report
+from lorabooth.training.dry_run import plan_run
 from lorabooth.training.plan import Plan
 from lorabooth.training.processes import process_state
-from lorabooth.training.run import plan_run, run
+from lorabooth.training.run import run
 from lorabooth.training.studio import Studio
 
 
@@ -81,7 +82,7 @@ def train(
         recipe: what to learn, on which base, how.
         out: run folder; None takes the recipe's `run.out`, or runs/NOUN-TOKEN. An unfinished run of the same
             recipe in it goes on; a finished one is left as it is.
-        dry_run: check photos and base, count what would train, write nothing.
+        dry_run: check photos, base and run folder, count what would train, write nothing.
         fresh: start over in a new folder beside one that is taken.
         reporter: hears of progress; silent by default.
 
@@ -95,7 +96,7 @@ def train(
     is_main = process_state().is_main_process
     say = reporter if reporter is not None and is_main else Silent()
     if dry_run:
-        return plan_run(recipe, out=out, reporter=say)
+        return plan_run(recipe, out=out, reporter=say, fresh=fresh)
     studio = Studio(generate=generate, draw_grid=draw_grid, file_name=file_name)
     outcome = run(recipe, out=out, studio=studio, reporter=say, fresh=fresh)
     folder = outcome.folder

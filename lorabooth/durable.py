@@ -15,6 +15,8 @@ from pathlib import Path
 
 from lorabooth.errors import RecipeError, TrainingError
 
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)", re.DOTALL)
+
 
 def write(path: Path, *chunks: bytes) -> None:
     """Write a file and wait until it is on the disk."""
@@ -101,6 +103,41 @@ def sweep(target: Path) -> None:
             path.rename(target)
         else:
             _remove(path)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's or folder's name is one that this module gives to what is not finished."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """`sweep` for every target in a folder (not in its subfolders)."""
+    if not folder.is_dir():
+        return
+    found = [_TEMPORARY.fullmatch(path.name) for path in folder.iterdir()]
+    for name in sorted({match[1] for match in found if match}):
+        sweep(folder / name)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents, so that a power cut does not take the new entries back.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.absolute().parent)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk or a used up quota is behind an exception, or behind one it was raised from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextmanager

@@ -123,7 +123,11 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], entries: Mapping
 
 
 def chunks(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> Iterator[bytes]:
-    """The bytes of a .safetensors file; tensors lie in it by falling size of their numbers, then by name."""
+    """The bytes of a .safetensors file; tensors lie in it by falling size of their numbers, then by name.
+
+    Raises:
+        AdapterError: a name or a metadata entry is no text that a file can hold.
+    """
     import torch
 
     dtypes = {torch_dtype(name): name for name in FLOAT_DTYPES} | {torch.int64: "I64", torch.int32: "I32"}
@@ -138,7 +142,14 @@ def chunks(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> Iterato
             "data_offsets": [at, end],
         }
         at = end
-    head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        around = error.object[max(0, error.start - 30) : error.end + 10]
+        raise AdapterError(
+            f"Names or metadata cannot be written, being no valid UTF-8: a lone surrogate in {around!r}.",
+            "Such text comes from a file name or a file in another encoding: give it anew.",
+        ) from error
     head += b" " * (-len(head) % 8)
     yield struct.pack("<Q", len(head)) + head
     for _, tensor in ordered:

@@ -6,6 +6,7 @@ until then.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,7 +189,7 @@ def completed(
     """
     denoiser = [m for name, m in modules.items() if name.startswith("denoiser.")] or list(modules.values())
     values = [(module.rank, module.alpha) for module in denoiser]
-    rank, alpha = max(values, key=values.count)
+    rank, alpha = Counter(values).most_common(1)[0][0]
     shapes = {name: (module.down.shape, module.up.shape) for name, module in modules.items()}
     family = metadata.family or family_of(shapes) or family_from_metadata(entries)
     return replace(metadata, rank=rank, alpha=alpha, family=family)

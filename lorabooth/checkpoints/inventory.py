@@ -155,6 +155,11 @@ def _read_file(path: Path) -> tuple[tuple[WeightFile, ...], dict[str, tuple[Slot
         for place in places:
             shape = entry.shape
             if place.third is not None:
+                if not shape or shape[0] % 3:
+                    raise BaseModelError(
+                        f"{path}: {key} is of shape {list(shape)}, which is not q, k and v in one.",
+                        "The file is broken; download it again.",
+                    )
                 shape = (shape[0] // 3, *shape[1:])
             if place.transposed:
                 shape = shape[::-1]
@@ -259,7 +264,9 @@ def _family(path: Path, files: tuple[WeightFile, ...], slots: Mapping[str, tuple
     widths = {
         found[0].shape[1]
         for name, found in slots.items()
-        if name.startswith("denoiser.") and name.endswith(".attn2.to_k.weight")
+        if name.startswith("denoiser.")
+        and name.endswith(".attn2.to_k.weight")
+        and len(found[0].shape) == 2
     }
     if len(widths) == 1 and (known := _BY_CONTEXT_WIDTH.get(next(iter(widths)))):
         return known

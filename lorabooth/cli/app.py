@@ -22,7 +22,7 @@ from lorabooth.cli import (
     sample,
     train,
 )
-from lorabooth.cli.errors import DEBUG_VARIABLE, debugging, report_defect
+from lorabooth.cli.errors import DEBUG_VARIABLE, report_defect
 
 app = typer.Typer(
     name="lorabooth",
@@ -77,7 +77,6 @@ def main() -> None:
         # A Windows console or a POSIX locale must not turn a photo's name into an exception.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    if not debugging() and "--debug" not in sys.argv[1:]:
-        sys.excepthook = report_defect
+    sys.excepthook = report_defect
     # Calling `app` itself would put Typer's own excepthook in the place of ours.
     typer.main.get_command(app)(prog_name="lorabooth")

@@ -1,6 +1,7 @@
 """What the command line shows of long work: bars on a terminal, plain lines elsewhere, or nothing.
 
-Progress and messages go to stderr, results to stdout, so that a result can be piped.
+Progress and messages go to stderr, results to stdout, so that a result can be piped. Known secrets are taken
+out of everything shown here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
 from lorabooth.progress import Reporter, Silent, Task
+from lorabooth.secrets import redact
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
@@ -68,7 +70,7 @@ class _BarTask:
         """Move the bar, and show the fields beside it."""
         self.shown.update(fields)
         notes = "  ".join(f"{name} {value}" for name, value in self.shown.items())
-        self.progress.update(self.task_id, advance=count, notes=notes)
+        self.progress.update(self.task_id, advance=count, notes=redact(notes))
 
 
 class Bars:
@@ -97,7 +99,7 @@ class Bars:
         if self._open == 0:
             self._progress.start()
         self._open += 1
-        task_id = self._progress.add_task(label, total=total, completed=start, notes="", unit=unit)
+        task_id = self._progress.add_task(redact(label), total=total, completed=start, notes="", unit=unit)
         shown: dict[str, str] = {}
         try:
             yield _BarTask(self._progress, task_id, shown)
@@ -111,11 +113,11 @@ class Bars:
 
     def say(self, message: str) -> None:
         """Print above the bars."""
-        self._console.print(message, soft_wrap=True)
+        self._console.print(redact(message), soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Print above the bars, in yellow."""
-        self._console.print(f"warning: {message}", style="yellow", soft_wrap=True)
+        self._console.print(f"warning: {redact(message)}", style="yellow", soft_wrap=True)
 
 
 def _speed_column() -> ProgressColumn:
@@ -185,7 +187,7 @@ class Lines:
 
     def say(self, message: str) -> None:
         """Print."""
-        print(message, file=self._stream, flush=True)
+        print(redact(message), file=self._stream, flush=True)
 
     def warn(self, message: str) -> None:
         """Print with a mark."""

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NoReturn, ParamSpec, TypeVar
@@ -15,6 +16,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 import typer
 
 from lorabooth.errors import InterruptedRunError, LoraboothError, OutOfMemoryError, RecipeError
+from lorabooth.secrets import redact
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,11 +38,14 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             with _terminable():
                 return function(*args, **options)
         except LoraboothError as error:
-            if debugging():
-                raise
             _fail(error)
         except KeyboardInterrupt:
-            _fail(InterruptedRunError("interrupted"))
+            _fail(
+                InterruptedRunError(
+                    "interrupted; nothing half-written is left.",
+                    "The same command again begins anew, with what was finished and kept before.",
+                )
+            )
         except BrokenPipeError:
             # The reader of our output went away (`| head`); the rest of it has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,8 +95,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def report_defect(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
-    """`sys.excepthook` of the command line: an unexpected exception in two lines."""
-    text = _first_line(error)
+    """`sys.excepthook` of the command line: an unexpected exception in two lines, or all of it to debug."""
+    if debugging():
+        print(_traceback(error), file=sys.stderr, end="")
+        return
+    text = redact(_first_line(error))
     print(f"error: {kind.__name__}{': ' if text else ''}{text}", file=sys.stderr)
     print(
         "This is a defect of lorabooth, not of your input. Please report it, with the traceback",
@@ -106,8 +114,14 @@ def usage(message: str) -> RecipeError:
 
 
 def _fail(error: LoraboothError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    if debugging():
+        print(_traceback(error), file=sys.stderr, end="")
+    print(f"error: {redact(str(error))}", file=sys.stderr)
     raise typer.Exit(error.exit_code) from None
+
+
+def _traceback(error: BaseException) -> str:
+    return redact("".join(traceback.format_exception(error)))
 
 
 def _first_line(error: BaseException) -> str:

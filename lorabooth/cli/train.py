@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,9 @@ from lorabooth.cli.errors import command, usage
 if TYPE_CHECKING:
     from lorabooth.api import RunResult
     from lorabooth.recipe import Recipe
+
+# Where something is, which may be said beside a recipe.
+_PLACES = {"--base": "model.base", "--images": "subjects.0.images"}
 
 
 @command
@@ -47,6 +51,11 @@ def train(
     lorabooth train recipes/sd15-subject.toml
 
     lorabooth train --base pocket --images photos/dog --noun dog
+
+    A run folder that was moved goes on too; --images and --base beside its recipe say where the photos and
+    the base are now:
+
+    lorabooth train RUN/recipe.toml --images photos/dog --base models/sd15
     """
     given = {"--base": base, "--images": images, "--noun": noun, "--token": token, "--steps": steps}
     effective = _recipe(
@@ -77,12 +86,19 @@ def run(
 
 
 def _recipe(file: Path | None, given: dict[str, Any], overrides: list[str]) -> Recipe:
-    if file is not None and given:
-        raise usage(f"give a recipe or {', '.join(given)}, not both; with a recipe, use --set instead")
+    moved = {key: given[name] for name, key in _PLACES.items() if name in given}
+    others = [name for name in given if name not in _PLACES]
+    if file is not None and others:
+        raise usage(f"give a recipe or {', '.join(others)}, not both; with a recipe, use --set instead")
     from lorabooth.recipe import from_mapping, load
 
     if file is not None:
-        return load(file, overrides)
+        # A TOML text, whatever is in the path; --set comes last and wins.
+        places = [f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in moved.items()]
+        recipe = load(file, [*places, *overrides])
+        if "--images" in given and len(recipe.subjects) > 1:
+            raise usage("the recipe has several subjects: use --set subjects.0.images=FOLDER, and so on")
+        return recipe
     if missing := [name for name in ("--base", "--images", "--noun") if name not in given]:
         start = "give a recipe file, or" if not given else "without a recipe,"
         raise usage(f"{start} {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")

@@ -6,12 +6,12 @@ the encoder, the version of the code), so an entry is never stale and never need
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,9 @@ from lorabooth.progress import Reporter, Silent
 from lorabooth.recipe import ImagesSection
 from lorabooth.types import Cond, Geometry, Moments
 
-FORMAT_VERSION = 1
+# Part of every key: raised when the same facts would give other numbers. 2: nothing is encoded in batches.
+FORMAT_VERSION = 2
 _DIGEST = "digest"
-_NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Store:
             return None
         try:
             return _as_latent(tensors)
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             _distrust(path, str(error), reporter or Silent())
             return None
 
@@ -136,6 +136,13 @@ class Store:
         """Keep one prompt's unbatched tensors (on the CPU, not sharing memory)."""
         _write(self.path("text", key), key, cond)
 
+    def sweep(self) -> None:
+        """Remove what killed processes left half written, class images included; living ones keep theirs."""
+        for folder in sorted(self.root.glob("*/*")):
+            # What cannot be removed is in nobody's way: no entry has such a name.
+            with suppress(OSError):
+                durable.sweep_temporaries(folder)
+
     def path(self, kind: str, key: str) -> Path:
         """Where an entry is; `kind` is "latents" or "text"."""
         return self.root / kind / key[:2] / f"{key}.safetensors"
@@ -147,12 +154,14 @@ def _key(kind: str, facts: Mapping[str, object]) -> str:
 
 
 def _as_latent(tensors: Mapping[str, Tensor]) -> CachedLatent:
-    mean, std, numbers = tensors["mean"], tensors["std"], tensors["geometry"].tolist()
+    if tensors.keys() != {"mean", "std", "geometry"}:
+        raise ValueError("it does not hold mean, std and geometry")
+    mean, std, geometry = tensors["mean"], tensors["std"], tensors["geometry"]
     if mean.dtype != torch.float32 or std.dtype != torch.float32 or mean.ndim != 3 or mean.shape != std.shape:
         raise ValueError("mean and std are not float32 [C,h,w]")
-    if len(numbers) != 7:
-        raise ValueError("geometry is not seven numbers")
-    oh, ow, top, left, th, tw, flipped = numbers
+    if geometry.dtype != torch.int64 or geometry.shape != (7,):
+        raise ValueError("geometry is not seven whole numbers")
+    oh, ow, top, left, th, tw, flipped = geometry.tolist()
     return CachedLatent(Moments(mean, std), Geometry((oh, ow), (top, left), (th, tw), bool(flipped)))
 
 
@@ -176,15 +185,23 @@ def _read(path: Path, key: str, reporter: Reporter) -> dict[str, Tensor] | None:
         return None
     try:
         tensors: dict[str, Tensor] = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        told = header.get("__metadata__", {}).get(_DIGEST)
-    except (SafetensorError, ValueError, KeyError) as error:
+        told = _told_digest(content)
+        # Types that torch cannot look at as bytes fail in here.
+        real = _digest(key, tensors)
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         _distrust(path, f"not a whole safetensors file ({error})", reporter)
         return None
-    if told != _digest(key, tensors):
+    if told != real:
         _distrust(path, "its content does not match its checksum", reporter)
         return None
     return tensors
+
+
+def _told_digest(content: bytes) -> str | None:
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    # safetensors takes null for its metadata.
+    metadata = header.get("__metadata__")
+    return metadata.get(_DIGEST) if isinstance(metadata, dict) else None
 
 
 def _distrust(path: Path, why: str, reporter: Reporter) -> None:
@@ -204,6 +221,11 @@ def _write(path: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
         durable.replace(path, content)
     except OSError as error:
         what = f"the cache cannot be written: {path.parent}: {error.strerror or error}"
-        if error.errno in _NO_SPACE:
-            raise TrainingError(what, "Free some space, or set LORABOOTH_CACHE to another folder.") from error
+        if durable.is_full(error):
+            raise TrainingError(
+                what,
+                "Free some disk space and run the command again: what was encoded is kept. What other "
+                f"runs put in {path.parents[2]} may be deleted, it is computed again; or set "
+                "LORABOOTH_CACHE to a folder on another disk.",
+            ) from error
         raise RecipeError(what, "Set LORABOOTH_CACHE to a folder that can be written.") from error

@@ -1,5 +1,7 @@
 """Photos and prompts through the encoders, once: what the store has is read, what it lacks is computed.
 
+Each goes through its encoder alone. Batched arithmetic rounds by the size of the batch, and which entries a
+store lacks depends on what was killed or run before: an entry must be a function of its key, nothing else.
 Encoders come in as callables and are not kept: after a call returns, the caller can release their weights.
 """
 
@@ -21,8 +23,6 @@ from lorabooth.progress import Reporter, Silent, Task
 from lorabooth.recipe import ImagesSection
 from lorabooth.rng import generator_for
 from lorabooth.types import Cond, Geometry, Moments, Record
-
-_PROMPTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,6 @@ def cache_latents(
     resolution_px: int,
     multiple_px: int,
     seed: int,
-    batch_size: int = 1,
     label: str = "Encoding photos",
     reporter: Reporter | None = None,
 ) -> LatentIndex:
@@ -116,19 +115,20 @@ def cache_latents(
     Args:
         store: where results are kept.
         records: photos; a path that comes twice is encoded once.
-        encode: pixels [B,3,H,W] float32 in [-1,1] of one shape -> B moments.
+        encode: pixels [1,3,H,W] float32 in [-1,1] -> the moments of that photo.
         encoder_id: identifies the encoder's weights and precision.
         images: crop, flip, buckets; its `resolution` is not looked at.
         resolution_px: resolved resolution.
         multiple_px: what sides must be a multiple of.
         seed: the run's.
-        batch_size: photos encoded at once, at most.
         label: of the progress bar.
         reporter: progress and warnings; silent by default.
 
     Raises:
         PhotoError: a photo cannot be decoded (`images.check` finds these before models are loaded).
-        TrainingError: the encoder gave numbers that are not finite; the photos are named.
+        RecipeError: the store cannot be written.
+        TrainingError: the encoder gave numbers that are not finite (the photo is named), or the disk is full;
+            what was encoded before is kept.
     """
     say = reporter or Silent()
     cutting = _Cutting(images, resolution_px, multiple_px, seed, encoder_id, variants(images))
@@ -137,13 +137,12 @@ def cache_latents(
     total = len(paths) * len(cutting.variants)
     computed = 0
     with say.task(label, total, "photo") as task, torch.no_grad():
-        jobs = _missing(store, paths, cutting, found, task, say)
-        for batch in _batched(jobs, batch_size):
-            for job, latent in zip(batch, _encode(batch, encode), strict=True):
-                store.put_moments(job.key, latent)
-                found[job.path][job.index] = latent
-            computed += len(batch)
-            task.advance(len(batch))
+        for job in _missing(store, paths, cutting, found, task, say):
+            latent = _encode(job, encode)
+            store.put_moments(job.key, latent)
+            found[job.path][job.index] = latent
+            computed += 1
+            task.advance()
     latents = {path: tuple(cut for cut in cuts if cut is not None) for path, cuts in found.items()}
     return LatentIndex(latents, computed, total - computed)
 
@@ -161,12 +160,14 @@ def cache_texts(
     Args:
         store: where results are kept.
         prompts: may repeat.
-        encode: prompts -> one unbatched dict of tensors each.
+        encode: prompts (one a call) -> one unbatched dict of tensors each.
         encoder_id: identifies tokenizers, text encoders and precision.
         reporter: progress and warnings; silent by default.
 
     Raises:
-        TrainingError: the encoder gave numbers that are not finite; the prompts are named.
+        RecipeError: the store cannot be written.
+        TrainingError: the encoder gave numbers that are not finite (the prompt is named), or the disk is
+            full; what was encoded before is kept.
     """
     say = reporter or Silent()
     unique = list(dict.fromkeys(prompts))
@@ -174,15 +175,14 @@ def cache_texts(
     conds: dict[str, Cond] = {prompt: cond for prompt, cond in known.items() if cond is not None}
     missing = [prompt for prompt in unique if prompt not in conds]
     with say.task("Encoding prompts", len(unique), "prompt", start=len(conds)) as task, torch.no_grad():
-        for first in range(0, len(missing), _PROMPTS_AT_ONCE):
-            part = missing[first : first + _PROMPTS_AT_ONCE]
-            for prompt, cond in zip(part, encode(part), strict=True):
-                own = {name: _own(tensor) for name, tensor in cond.items()}
-                if not all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
-                    raise _not_finite("text encoder", [repr(prompt)])
-                store.put_cond(text_key(prompt, encoder_id), own)
-                conds[prompt] = own
-            task.advance(len(part))
+        for prompt in missing:
+            (cond,) = encode([prompt])
+            own = {name: _own(tensor) for name, tensor in cond.items()}
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
+                raise _not_finite("text encoder", repr(prompt))
+            store.put_cond(text_key(prompt, encoder_id), own)
+            conds[prompt] = own
+            task.advance()
     return TextIndex({prompt: conds[prompt] for prompt in unique}, len(missing), len(unique) - len(missing))
 
 
@@ -221,30 +221,12 @@ def _missing(
             yield _Job(path, index, keys[index], pixels, geometry)
 
 
-def _batched(jobs: Iterator[_Job], batch_size: int) -> Iterator[list[_Job]]:
-    """Full batches of one shape as they fill, then the ragged rest."""
-    waiting: dict[tuple[int, int], list[_Job]] = {}
-    for job in jobs:
-        group = waiting.setdefault(job.geometry.target_px, [])
-        group.append(job)
-        if len(group) >= batch_size:
-            yield waiting.pop(job.geometry.target_px)
-    yield from waiting.values()
-
-
-def _encode(batch: Sequence[_Job], encode: Callable[[Tensor], list[Moments]]) -> list[CachedLatent]:
-    moments = encode(torch.stack([job.pixels for job in batch]))
-    if len(moments) != len(batch):
-        raise ValueError(f"the encoder gave {len(moments)} results for {len(batch)} photos")
-    own = [Moments(_own(each.mean).float(), _own(each.std).float()) for each in moments]
-    bad = [
-        str(job.path)
-        for job, each in zip(batch, own, strict=True)
-        if not (torch.isfinite(each.mean).all() and torch.isfinite(each.std).all())
-    ]
-    if bad:
-        raise _not_finite("image encoder (VAE)", bad)
-    return [CachedLatent(each, job.geometry) for job, each in zip(batch, own, strict=True)]
+def _encode(job: _Job, encode: Callable[[Tensor], list[Moments]]) -> CachedLatent:
+    (moments,) = encode(torch.stack([job.pixels]))
+    own = Moments(_own(moments.mean).float(), _own(moments.std).float())
+    if not (torch.isfinite(own.mean).all() and torch.isfinite(own.std).all()):
+        raise _not_finite("image encoder (VAE)", str(job.path))
+    return CachedLatent(own, job.geometry)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -252,8 +234,8 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous().clone()
 
 
-def _not_finite(encoder: str, names: Sequence[str]) -> TrainingError:
+def _not_finite(encoder: str, name: str) -> TrainingError:
     return TrainingError(
-        f"the {encoder} gave numbers that are not finite for: {', '.join(names)}",
+        f"the {encoder} gave numbers that are not finite for {name}",
         'Run it in float32 (model.dtype = "fp32"); if that is so already, its weights are damaged.',
     )

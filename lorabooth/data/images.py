@@ -17,8 +17,10 @@ from PIL import Image
 
 from lorabooth.data.photo import PhotoError, read
 from lorabooth.data.photo import decode as decode
+from lorabooth.data.records import Skipped, shown_skips
 from lorabooth.errors import DataError, RecipeError
 from lorabooth.progress import Reporter, Silent
+from lorabooth.recipe.rules import printable
 from lorabooth.types import Geometry
 
 if TYPE_CHECKING:
@@ -102,20 +104,39 @@ def check(
     return PhotoReport(tuple(used), tuple(problems), tuple(remarks))
 
 
-def require_good(report: PhotoReport) -> None:
-    """Refuse a report with problems.
+def require_good(
+    report: PhotoReport, *, captions: Sequence[Skipped] = (), skipped: Sequence[Skipped] = ()
+) -> None:
+    """Refuse a report with problems, in one message that accounts for every file.
+
+    Args:
+        report: of the photos.
+        captions: caption files that cannot be used, and why.
+        skipped: other files of the folders, which are told of but are no reason to refuse.
 
     Raises:
-        DataError: names every photo that cannot be used, and why.
+        DataError: names every photo and caption that cannot be used, and why, and what else was left out.
     """
-    if not report.problems:
+    if not report.problems and not captions:
         return
     bad, total = len(report.problems), len(report.problems) + len(report.used)
-    lines = [f"  {path}: {reason}" for path, reason in report.problems]
-    raise DataError(
-        "\n".join([f"{bad} of {total} photos cannot be used:", *lines]),
-        "Replace these files or move them out of the folder.",
-    )
+    lines, fixes = [], []
+    if report.problems:
+        lines.append(f"{bad} of {total} photos cannot be used:")
+        lines += [f"  {printable(str(path))}: {reason}" for path, reason in report.problems]
+        fixes.append("Replace these files or move them out of the folder.")
+    if captions:
+        lines.append(f"{_counted(captions, 'caption')} cannot be used:")
+        lines += shown_skips(captions, whole_path=True)
+        fixes.append("Mend a caption, or delete it to use the prompt.")
+    if skipped:
+        lines.append(f"{_counted(skipped, 'other file')} left out:")
+        lines += shown_skips(skipped, whole_path=True)
+    raise DataError("\n".join(lines), " ".join(fixes))
+
+
+def _counted(files: Sequence[Skipped], kind: str) -> str:
+    return f"{len(files)} {kind}{'s' * (len(files) != 1)}"
 
 
 def variants(images: ImagesSection) -> tuple[Variant, ...]:

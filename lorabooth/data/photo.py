@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lorabooth.errors import DataError
+from lorabooth.recipe.rules import printable
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -51,10 +52,15 @@ class Photo:
 
 
 class PhotoError(DataError):
-    """One photo that cannot be used."""
+    """One photo that cannot be used.
+
+    Attributes:
+        path: of it, as it is; the message shows it in printable form.
+        reason: why.
+    """
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{printable(str(path))}: {reason}")
         self.path = path
         self.reason = reason
 
@@ -94,7 +100,7 @@ def read(path: Path, data: bytes | None = None) -> Photo:
             path, "not an image, or of a kind that is not read, whatever its name says"
         ) from error
     except (*_BROKEN, struct.error, zlib.error) as error:
-        raise PhotoError(path, f"damaged or incomplete ({error})") from error
+        raise PhotoError(path, f"damaged or incomplete ({printable(str(error), 200)})") from error
     remarks = tuple(dict.fromkeys(str(warning.message) for warning in said))
     return Photo(photo.pixels, photo.mode, photo.notes + remarks)
 

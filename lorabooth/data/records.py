@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lorabooth.errors import DataError
+from lorabooth.recipe.rules import printable
 from lorabooth.types import Record, Role
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 """File name endings that are read as photos, lower case; upper case is taken too."""
+
+MAX_CAPTION_BYTES = 1 << 16
+"""Text encoders take some hundred words: a larger file is no caption, and is not read to its end."""
 
 _NO_PLACEHOLDERS: Mapping[str, str] = MappingProxyType({})
 _NOT_READ = frozenset(
@@ -50,8 +55,36 @@ class Scan:
         """Used N of M files, with the reason for each that is not."""
         total = len(self.records) + len(self.skipped)
         lines = [f"used {len(self.records)} of {total} files"]
-        lines += [f"  {_shown(skip)}" for skip in self.skipped]
+        lines += shown_skips(self.skipped)
         return "\n".join([*lines, *self.notes])
+
+
+class CaptionError(DataError):
+    """One caption file that cannot be used.
+
+    Attributes:
+        path: of it, as it is; the message shows it in printable form.
+        reason: why.
+    """
+
+    def __init__(self, path: Path, reason: str, fix: str = "") -> None:
+        super().__init__(f"{printable(str(path))}: {reason}", fix)
+        self.path = path
+        self.reason = reason
+
+
+class CaptionsError(DataError):
+    """All caption files of a folder that cannot be used.
+
+    Attributes:
+        problems: each with its reason.
+        scan: the folder as it would be with the prompt instead of these captions.
+    """
+
+    def __init__(self, problems: Sequence[Skipped], scan: Scan, messages: Sequence[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.problems = tuple(problems)
+        self.scan = scan
 
 
 def scan(
@@ -78,8 +111,8 @@ def scan(
         The records, and everything else in the folder with the reason why it is not used.
 
     Raises:
-        DataError: the folder is missing, unreadable or without photos; a caption is empty or not text.
-            All bad captions are named in one error.
+        DataError: the folder is missing, unreadable or without photos.
+        CaptionsError: captions are empty, too large or not text: all of them, in one error.
     """
     entries = _entries(folder)
     photos, texts, skipped = _sort_out(folder, entries)
@@ -87,29 +120,32 @@ def scan(
         raise _no_photos(folder, skipped)
     by_stem = {_stem(path): path for path in texts} if captions else {}
     default = _fill(prompt, placeholders)
-    records, bare, problems = [], [], []
+    records, bare = [], []
+    problems: dict[Path, CaptionError] = {}
     for photo in photos:
         text_path = by_stem.get(_stem(photo))
         caption = default
         if text_path is not None:
             try:
                 caption = _fill(read_caption(text_path), placeholders)
-            except DataError as error:
-                problems.append(str(error))
+            except CaptionError as error:
+                problems[text_path] = error
         elif captions:
-            bare.append(photo.name)
+            bare.append(printable(photo.name))
         records.append(Record(path=photo, caption=caption, role=role, subject=subject))
-    if problems:
-        raise DataError("\n".join(dict.fromkeys(problems)))
     skipped += _unused_texts(texts, photos, captions)
     skipped.sort(key=lambda skip: natural_key(skip.path.name))
     notes = (f"no caption file for {', '.join(bare)}: the prompt is used, {default!r}",) if bare else ()
-    return Scan(records=tuple(records), skipped=tuple(skipped), notes=notes)
+    found = Scan(records=tuple(records), skipped=tuple(skipped), notes=notes)
+    if problems:
+        refused = [Skipped(path, error.reason) for path, error in problems.items()]
+        raise CaptionsError(refused, found, [str(error) for error in problems.values()])
+    return found
 
 
 def record_id(record: Record) -> str:
-    """A short stable name for logs: folder and file name ("dog/01.jpg"), never an absolute path."""
-    return f"{record.path.absolute().parent.name}/{record.path.name}"
+    """A short stable printable name for logs: folder and file ("dog/01.jpg"), never an absolute path."""
+    return printable(f"{record.path.absolute().parent.name}/{record.path.name}")
 
 
 def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
@@ -123,17 +159,21 @@ def read_caption(path: Path) -> str:
     """The caption in a text file: UTF-8 (with or without BOM) or UTF-16 with BOM, white space collapsed.
 
     Raises:
-        DataError: the file cannot be read, is not text (the byte is named), or holds no caption.
+        CaptionError: the file cannot be read, is too large, is not text (the byte is named), or holds no
+            caption.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_CAPTION_BYTES + 1)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise CaptionError(path, f"cannot be read: {error.strerror or error}") from error
+    if len(data) > MAX_CAPTION_BYTES:
+        size = f"larger than {MAX_CAPTION_BYTES >> 10} KiB"
+        raise CaptionError(path, f"{size}, so no caption", "Shorten it, or delete it to use the prompt.")
     caption = " ".join(_decode_text(path, data).split())
     if not caption:
-        raise DataError(
-            f"{path}: the caption is empty", "Write a caption into it, or delete it to use the prompt."
-        )
+        fix = "Write a caption into it, or delete it to use the prompt."
+        raise CaptionError(path, "the caption is empty", fix)
     return caption
 
 
@@ -158,29 +198,33 @@ def _decode_text(path: Path, data: bytes) -> str:
     return text
 
 
-def _not_text(path: Path, offset: int, why: str) -> DataError:
-    return DataError(
-        f"{path}: not a caption in UTF-8 or UTF-16 with a byte order mark; byte {offset} ({why})",
-        "Save the file as UTF-8.",
-    )
+def _not_text(path: Path, offset: int, why: str) -> CaptionError:
+    reason = f"not a caption in UTF-8 or UTF-16 with a byte order mark; byte {offset} ({why})"
+    return CaptionError(path, reason, "Save the file as UTF-8.")
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    if not folder.exists():
+    name = printable(str(folder))
+    try:
+        mode = folder.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{folder}: there is no such folder of photos",
+            f"{name}: there is no such folder of photos",
             "Check the path; a recipe's paths start at the recipe.",
-        )
-    if not folder.is_dir():
+        ) from None
+    except OSError as error:
+        what = f"{name}: this folder of photos cannot be opened: {error.strerror or error}"
+        raise DataError(what, "Check the path and its permissions.") from error
+    if not stat.S_ISDIR(mode):
         raise DataError(
-            f"{folder}: is a file, not a folder of photos", "Give the folder that holds the photos."
+            f"{name}: is a file, not a folder of photos", "Give the folder that holds the photos."
         )
     try:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda entry: natural_key(entry.name))
     except OSError as error:
         raise DataError(
-            f"{folder}: cannot be listed: {error.strerror or error}", "Check its permissions."
+            f"{name}: cannot be listed: {error.strerror or error}", "Check its permissions."
         ) from error
 
 
@@ -237,13 +281,15 @@ def _unused_texts(texts: Sequence[Path], photos: Sequence[Path], captions: bool)
 
 def _no_photos(folder: Path, skipped: Sequence[Skipped]) -> DataError:
     fix = f"Put photos into it; read are {' '.join(SUFFIXES)}."
-    refused = [f"  {_shown(skip)}" for skip in skipped[:10]]
-    return DataError("\n".join([f"{folder}: no photos in this folder", *refused]), fix)
+    lines = [f"{printable(str(folder))}: no photos in this folder", *shown_skips(skipped[:10])]
+    return DataError("\n".join(lines), fix)
 
 
-def _shown(skip: Skipped) -> str:
-    # A name that is not Unicode (Linux allows any bytes) cannot be printed as it is.
-    return f"{skip.path.name.encode(errors='backslashreplace').decode()}: {skip.reason}"
+def shown_skips(skipped: Sequence[Skipped], *, whole_path: bool = False) -> list[str]:
+    """One indented line per entry, its name in printable form: a name may hold line breaks."""
+    return [
+        f"  {printable(str(skip.path) if whole_path else skip.path.name)}: {skip.reason}" for skip in skipped
+    ]
 
 
 def _stem(path: Path) -> str:

@@ -9,9 +9,7 @@ import copy
 import hashlib
 import json
 import os.path
-import re
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,11 @@ from typing import Any
 import tomlkit
 from tomlkit.items import Float, Item, Table, Trivia
 
-from lorabooth.errors import RecipeError
 from lorabooth.recipe.check import build
-from lorabooth.recipe.rules import Key, key_text, value_text
+from lorabooth.recipe.overrides import override
+from lorabooth.recipe.rules import Key, key_text, printable
 from lorabooth.recipe.schema import Recipe, Section
+from lorabooth.recipe.text import parse, read
 
 CHANGEABLE = frozenset(
     {
@@ -50,21 +49,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, is not TOML, or the recipe is wrong.
     """
-    file = Path(path)
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise RecipeError(f"{file}: there is no such recipe file", "Check the path.") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{file} is a folder", "Name a recipe file in it.") from None
-    except OSError as error:
-        raise RecipeError(f"{file}: the recipe file cannot be read ({error.strerror})") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        what = f"{file}: byte {error.start} is not UTF-8 text"
-        raise RecipeError(what, "Save the recipe as UTF-8.") from None
-    return loads(text, file, overrides)
+    return loads(read(path), path, overrides)
 
 
 def loads(text: str, where: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -79,13 +64,10 @@ def loads(text: str, where: str | Path, overrides: Sequence[str] = ()) -> Recipe
     Raises:
         RecipeError: not TOML, or the recipe is wrong; all errors at once.
     """
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(_syntax_error(str(error), text, where)) from None
+    raw = parse(text, where)
     _resolve_paths(raw, Path(where).parent)
     _override(raw, overrides)
-    return build(raw, str(where))
+    return build(raw, printable(str(where)))
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -145,38 +127,35 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(old: Recipe, new: Recipe, *, changeable: bool = False) -> list[tuple[str, object, object]]:
+def differences(
+    old: Recipe, new: Recipe, *, changeable: bool = False, ignore: Collection[str] = ()
+) -> list[tuple[str, object, object]]:
     """What differs between two recipes.
 
     Args:
         old: for instance the recipe in a run folder.
         new: for instance the recipe that is asked for now.
         changeable: also list keys that may change when a run goes on.
+        ignore: further keys that are not compared: "model.base", "subjects[0].images", or "subjects.images"
+            for that of every subject.
 
     Returns:
         (key, old value, new value) in the recipe's order; a subject that only one of them has gives None for
-        the other's values. Empty if and only if the fingerprints are equal (without `changeable`).
+        the other's values. Empty if and only if the fingerprints are equal (without `changeable` and
+        `ignore`).
     """
-    before = {key_text(key): value for key, value in _leaves(old)}
-    after = {key_text(key): value for key, value in _leaves(new)}
-    keys = [key for key in dict.fromkeys([*before, *after]) if changeable or key not in CHANGEABLE]
-    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    left_out = frozenset(ignore) | (frozenset() if changeable else CHANGEABLE)
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        (key_text(key), before.get(key), after.get(key))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+        and key_text(key) not in left_out
+        and f"{key[0]}.{key[-1]}" not in left_out
+    ]
 
 
 # ---- reading ----
-
-
-def _syntax_error(message: str, text: str, where: str | Path) -> str:
-    """The parser's message with the file, the line and a mark under the column."""
-    place = re.search(r"\s*\((?:at line (\d+), column (\d+)|at end of document)\)$", message)
-    plain = message[: place.start()] if place else message
-    lines = text.splitlines() or [""]
-    if place is None or place[1] is None:
-        return f"{where}: not valid TOML: {plain} at the end of the file (line {len(lines)})"
-    line, column = int(place[1]), int(place[2])
-    shown = lines[line - 1] if line <= len(lines) else ""
-    mark = " " * (column - 1) + "^"
-    return f"{where}: not valid TOML at line {line}, column {column}: {plain}\n  {shown}\n  {mark}"
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
@@ -191,7 +170,8 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     # A hub id looks like a relative path; what exists beside the recipe, or is written as a path, is a path.
     if not isinstance(base, str) or base in ("", "pocket"):
         return
-    if base.startswith((".", "~")) or (folder / base).exists():
+    # os.path.exists, because Path.exists raises for names that are too long; `rules` tells of those.
+    if base.startswith((".", "~")) or os.path.exists(folder / base):  # noqa: PTH110
         _resolve(model, "base", folder)
 
 
@@ -204,73 +184,25 @@ def _resolve(table: object, key: str, folder: Path) -> None:
 
 
 def absolute(path: str, folder: Path) -> str:
-    """A path as an absolute one, relative ones taken from `folder`; symbolic links are kept as they are."""
-    return os.path.abspath(folder / Path(path).expanduser())  # noqa: PTH100 - resolve() would follow links
+    """A path as an absolute one, relative ones taken from `folder`; symbolic links are kept as they are.
+
+    One that begins with the home of a user who does not exist stays, for `rules` to tell of.
+    """
+    try:
+        home = Path(path).expanduser()
+    except RuntimeError:
+        return path
+    return os.path.abspath(folder / home)  # noqa: PTH100 - resolve() would follow links
 
 
 def _override(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set keys in plain values, in place; paths that are still relative are taken from the current directory.
+    """Apply `--set`, in place; paths that are still relative are taken from the current directory.
 
     Raises:
-        RecipeError: one line per override that is not KEY=VALUE or whose key leads nowhere.
+        RecipeError: as `overrides.override`.
     """
-    wrong: list[str] = []
-    for override in overrides:
-        key_part, equals, value_part = override.partition("=")
-        key = _parse_key(key_part)
-        if not equals or not key:
-            wrong.append(f"  {override}: is not KEY=VALUE, such as optim.lr=1e-4")
-            continue
-        if problem := _set(raw, key, _parse_value(value_part)):
-            wrong.append(f"  {key_text(key)}: {problem}")
-    if wrong:
-        raise RecipeError("\n".join([f"--set: {len(wrong)} problem{'s' * (len(wrong) > 1)}", *wrong]))
+    override(raw, overrides)
     _resolve_paths(raw, Path())
-
-
-def _parse_key(text: str) -> Key:
-    """Read "subjects.0.noun" or "subjects[0].noun" as ("subjects", 0, "noun"); empty if it is no key."""
-    parts = re.sub(r"\[(\d+)\]", r".\1", text.strip()).split(".")
-    if not all(re.fullmatch(r"[A-Za-z0-9_-]+", part) for part in parts):
-        return ()
-    return tuple(int(part) if part.isdecimal() else part for part in parts)
-
-
-def _parse_value(text: str) -> object:
-    """A TOML value, or the text itself where it is none: `dog`, `a photo of a {token} dog`."""
-    try:
-        parsed = tomllib.loads(f"value = {text.strip()}")
-    except tomllib.TOMLDecodeError:
-        return text.strip()
-    return parsed["value"] if len(parsed) == 1 else text.strip()
-
-
-def _set(raw: dict[str, Any], key: Key, value: object) -> str:
-    """Put a value at a key; returns what is wrong, or ""."""
-    if isinstance(key[0], int):
-        return "a key begins with a section, such as optim.lr"
-    if key[0] == "subjects" and len(key) > 1:
-        entries = raw.setdefault("subjects", [])
-        if not isinstance(entries, list):
-            entries = raw["subjects"] = list(entries) if isinstance(entries, tuple) else []
-        if len(key) != 3 or not isinstance(key[1], int):
-            return "name one subject by its number: subjects.0.noun"
-        if key[1] > len(entries):
-            return f"there are {len(entries)} subjects; the next is number {len(entries)}"
-        if key[1] == len(entries):
-            entries.append({})
-        entries[key[1]][key[2]] = value
-        return ""
-    if len(key) > 2 or any(isinstance(part, int) for part in key):
-        return "a key is section.key, such as optim.lr"
-    if len(key) == 1:
-        raw[key[0]] = value
-        return ""
-    table = raw.setdefault(key[0], {})
-    if not isinstance(table, dict):
-        return f"{key[0]} is {value_text(table)} in the recipe, not a section"
-    table[str(key[1])] = value
-    return ""
 
 
 # ---- writing and comparing ----

@@ -6,8 +6,18 @@ import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lorabooth.recipe.schema import Recipe
+
+_VALUE_CHARS = 60
+_KEY_CHARS = 80
+_NAME_BYTES = 255
+"""A part of a path that no usual file system takes is longer than this."""
+_PATH_BYTES = 4095
+_LIST_ITEMS = 8
+_LIST_LEVELS = 3
+"""A list may hold anything, a thousand levels down: more is not shown."""
 
 Key = tuple[str | int, ...]
 """A place in a recipe: ("optim", "lr"), ("subjects", 0, "noun")."""
@@ -28,31 +38,56 @@ class Problem:
     also: tuple[Key, ...] = ()
 
 
+def printable(text: str, limit: int = 0) -> str:
+    """A text on one line that cannot steer a terminal: control characters as they are written in Python.
+
+    Args:
+        text: anything a user gave, such as a file's name.
+        limit: most characters shown; 0 is all.
+    """
+    shown = "".join(char.encode("unicode_escape").decode() if _steers(char) else char for char in text)
+    return shown if not limit or len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def _steers(char: str) -> bool:
+    """Whether a character moves the cursor, breaks a line or turns the direction of writing."""
+    is_direction = "\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069"
+    return is_direction or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
+
+
 def key_text(key: Key) -> str:
     """A key as users write it: "optim.lr", "subjects[0].noun"."""
     text = ""
     for part in key:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += ("." if text else "") + printable(part, _KEY_CHARS)
     return text
 
 
-def value_text(value: object) -> str:
-    """A value as TOML would show it, shortened."""
+def value_text(value: object, levels: int = _LIST_LEVELS) -> str:
+    """A value as TOML would show it, shortened; of lists within lists only the first `levels`."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        escaped = value[:_VALUE_CHARS].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         text = '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
     elif isinstance(value, Mapping):
         text = "a table"
+    elif isinstance(value, int) and value.bit_length() > 8 * _VALUE_CHARS:
+        text = f"a whole number of {value.bit_length():,} bits"  # Python refuses to write out long ones
+    elif isinstance(value, list | tuple):
+        shown = [value_text(item, levels - 1) if levels else "..." for item in value[:_LIST_ITEMS]]
+        text = f"[{', '.join([*shown, *(['...'] * (len(value) > _LIST_ITEMS))])}]"
     else:
         text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= _VALUE_CHARS else text[: _VALUE_CHARS - 3] + "..."
 
 
 def broken_rules(recipe: Recipe) -> Iterator[Problem]:
     """Every rule over several keys, or over a text's content, that a recipe breaks."""
-    for rule in (_subject_rules, _prior_rules, _optim_rules, _text_rules):
+    for rule in (_subject_rules, _prior_rules, _optim_rules, _memory_rules, _run_rules, _text_rules):
         yield from rule(recipe)
 
 
@@ -64,6 +99,8 @@ def _subject_rules(recipe: Recipe) -> Iterator[Problem]:
         for name in ("images", "noun", "token"):
             if text := _plain_text(getattr(subject, name), braces=name != "images"):
                 yield Problem(("subjects", i, name), text)
+        if text := _no_such_user(subject.images):
+            yield Problem(("subjects", i, "images"), text)
         if any(char.isspace() for char in subject.token):
             yield Problem(("subjects", i, "token"), f"{value_text(subject.token)} has a space; use one word")
         both = ("token", "noun")
@@ -108,15 +145,39 @@ def _optim_rules(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("optim", "warmup_steps"), text, (("optim", "steps"),))
 
 
+def _memory_rules(recipe: Recipe) -> Iterator[Problem]:
+    compute, base = recipe.memory.precision, recipe.memory.base_precision
+    if compute == "fp32" and base not in ("auto", "fp32"):
+        text = f'"{base}" rounds the base and makes nothing faster with memory.precision = "fp32"'
+        fix = "give both the same"
+        yield Problem(("memory", "base_precision"), f"{text}; {fix}", (("memory", "precision"),))
+
+
+def _run_rules(recipe: Recipe) -> Iterator[Problem]:
+    run = recipe.run
+    if run.sample_every and not run.sample_count:
+        text = f"{run.sample_every}, but run.sample_count = 0 draws no samples; change one of the two"
+        yield Problem(("run", "sample_every"), text, (("run", "sample_count"),))
+
+
 def _text_rules(recipe: Recipe) -> Iterator[Problem]:
-    named = {
+    named: dict[Key, str] = {
         ("model", "base"): recipe.model.base,
         ("model", "family"): recipe.model.family,
         ("adapter", "targets"): recipe.adapter.targets,
         ("run", "out"): recipe.run.out,
     }
+    optional: dict[Key, str] = {
+        ("model", "revision"): recipe.model.revision,
+        ("prior", "images"): recipe.prior.images,
+    }
+    named |= {key: value for key, value in optional.items() if value}
     for key, value in named.items():
-        if text := _plain_text(value, braces=False):
+        is_path = key in (("model", "base"), ("prior", "images"), ("run", "out"))
+        text = _plain_text(value, braces=False)
+        if is_path:
+            text = text or _no_such_user(value) or _too_long(value)
+        if text:
             yield Problem(key, text)
     for i, prompt in enumerate(recipe.run.sample_prompts):
         for problem in _placeholders(("run", "sample_prompts"), prompt, ("token", "noun")):
@@ -131,6 +192,26 @@ def _plain_text(value: str, *, braces: bool) -> str:
         return f"{value_text(value)} has a line break or control character"
     if braces and ("{" in value or "}" in value):
         return f"{value_text(value)} has braces; those are for templates"
+    return ""
+
+
+def _no_such_user(path: str) -> str:
+    """What is wrong with a path that begins with "~", or ""."""
+    if path.startswith("~"):
+        try:
+            Path(path).expanduser()
+        except RuntimeError:
+            return f"{value_text(path)} begins with a user who does not exist here; write the whole path"
+    return ""
+
+
+def _too_long(path: str) -> str:
+    longest = max((len(part.encode(errors="replace")) for part in Path(path).parts), default=0)
+    whole = len(path.encode(errors="replace"))
+    if longest > _NAME_BYTES:
+        return f"{value_text(path)} is too long for a file's name: {longest} bytes, at most {_NAME_BYTES}"
+    if whole > _PATH_BYTES:
+        return f"{value_text(path)} is too long for a path: {whole} bytes, at most {_PATH_BYTES}"
     return ""
 
 

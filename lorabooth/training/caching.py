@@ -17,11 +17,7 @@ from lorabooth.training.subjects import preview_prompts
 from lorabooth.types import Cond, Record
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-
-IMAGES_AT_ONCE = 4
-"""Images through the VAE together: its activations at 512 px take about 1 GiB an image in float32."""
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,12 @@ def encode_examples(
     """Photos, class images and captions through VAE and text encoder, or from the store.
 
     Class images are cut as a plain square: flips and random crops are for the few photos of a subject.
+
+    Raises:
+        RecipeError: the store cannot be written.
+        TrainingError: an encoder gave numbers that are not finite, or the disk is full.
     """
+    store.sweep()
     resolution_px = int(recipe.images.resolution)
 
     def latents(records: Sequence[Record], images: ImagesSection, label: str) -> LatentIndex:
@@ -62,12 +63,11 @@ def encode_examples(
             store,
             records,
             encode=lambda pixels: family.encode_images(parts, pixels),
-            encoder_id=f"vae/{weights_digest(parts.source, 'vae')}/fp32",
+            encoder_id=f"vae/{weights_digest(parts.source, 'vae')}/fp32/{_device_kind(parts.vae)}",
             images=images,
             resolution_px=resolution_px,
             multiple_px=family.resolution_multiple_px(parts),
             seed=recipe.run.seed,
-            batch_size=IMAGES_AT_ONCE,
             label=label,
             reporter=reporter,
         )
@@ -87,11 +87,21 @@ def encode_examples(
             store,
             prompts,
             encode=lambda some: family.encode_prompts(parts, some),
-            encoder_id=f"text/{weights_digest(parts.source, 'text_encoder')}/{recipe.model.dtype}",
+            encoder_id=(
+                f"text/{weights_digest(parts.source, 'text_encoder')}/{recipe.model.dtype}"
+                f"/{_device_kind(parts.text_encoders['text_encoder'])}"
+            ),
             reporter=reporter,
         ).conds
     reporter.say(f"latents: {index.computed} encoded, {index.reused} from the cache")
     return Examples(tuple(instance), tuple(classes), index, conds)
+
+
+def _device_kind(encoder: nn.Module | None) -> str:
+    """As in "cpu" or "cuda": they round differently, so their entries are not each other's."""
+    if encoder is None:
+        raise RuntimeError("the encoder was released already")
+    return next(encoder.parameters()).device.type
 
 
 def cache_and_release(

@@ -20,8 +20,10 @@ from lorabooth.types import Record
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BATCH_SIZE = 8
-"""Class images drawn at once; fewer when memory runs out."""
+GROUP = 8
+"""Class images drawn at once on an accelerator. Where memory forces fewer, their last bits may differ."""
+GROUP_ON_CPU = 4
+"""Likewise on a CPU: a quarter to a third faster than one by one on the pocket base, and no slower than 8."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def class_examples(setting: Setting, studio: Studio, store: Store, reporter: Rep
     Raises:
         DataError: the user's class images cannot be used.
         BaseModelError: the base draws only black or flat images.
+        RecipeError: the folder for class images cannot be written.
+        TrainingError: the disk is full.
     """
     modes: dict[str, Callable[[], ClassExamples]] = {
         "generated": lambda: _generated(setting, studio, store, reporter),
@@ -78,6 +82,7 @@ def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporte
         height_px=height_px,
         width_px=width_px,
         dtype=recipe.model.dtype,
+        group=GROUP_ON_CPU if setting.device.type == "cpu" else GROUP,
     )
     pipeline = setting.family.pipeline(setting.parts)
 
@@ -105,7 +110,6 @@ def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporte
             count=recipe.prior.count,
             generate=generate,
             sampler=sampler,
-            batch_size=BATCH_SIZE,
             reporter=reporter,
         )
         found[prompt] = made.paths

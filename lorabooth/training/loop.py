@@ -7,31 +7,26 @@ from __future__ import annotations
 
 import math
 import signal
-import statistics
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from lorabooth.errors import InterruptedRunError
 from lorabooth.progress import Reporter, Task
 from lorabooth.recipe import OptimSection
 from lorabooth.training import optim
-from lorabooth.training.log import FiniteGuard, MetricsLog
+from lorabooth.training.alarms import StepFigures, Watch
+from lorabooth.training.log import MetricsLog, wrong_parts
 from lorabooth.training.step import StepParts, class_rows, draw_noise, micro_step
 from lorabooth.types import Batch
-
-SPILL_RATIO = 5.0
-"""A step this many times slower than the median says that memory is spilling."""
-DEAD_AFTER_STEPS = 20
-"""After this many steps an adapter that is still exactly zero learns nothing."""
 
 
 class Batches(Protocol):
@@ -61,7 +56,7 @@ class Session:
         seed: the run's.
         n_instance: subject examples in an optimizer step, over ranks and accumulation.
         n_class: class examples likewise; 0 without prior preservation.
-        diagnosis: what a non-finite step is reported with (dtype, base).
+        diagnosis: what a non-finite step is reported with; the compute dtype ("fp16") is its first word.
     """
 
     accelerator: Accelerator
@@ -97,71 +92,111 @@ class Hooks:
     preview_every: int
 
 
-@dataclass
-class StepLog:
-    """What the loop tells of its steps (not part of its state)."""
-
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=100))
-    warned: set[str] = field(default_factory=set)
-    warnings: list[str] = field(default_factory=list)
-
-    def once(self, kind: str, message: str, reporter: Reporter) -> None:
-        """Warn, but only the first time for a kind."""
-        if kind not in self.warned:
-            self.warned.add(kind)
-            self.warnings.append(message)
-            reporter.warn(message)
-
-
 def run_steps(
-    session: Session, hooks: Hooks, metrics: MetricsLog, *, start: int, stop: int, reporter: Reporter
-) -> StepLog:
+    session: Session,
+    hooks: Hooks,
+    metrics: MetricsLog,
+    *,
+    start: int,
+    stop: int,
+    reporter: Reporter,
+    watch: Watch | None = None,
+) -> Watch:
     """Run optimizer steps `start` .. `stop - 1`.
+
+    Args:
+        session: what to run.
+        hooks: what happens between steps; `checkpoint` should save `watch.state_dict()` too.
+        metrics: gets a line per step.
+        start: finished steps.
+        stop: steps of the whole run.
+        reporter: hears of progress and alarms.
+        watch: alarms and the guard, as the checkpoint had them; None for a new run.
+
+    Returns:
+        The watch; its warnings are those of the whole run.
 
     Raises:
         InterruptedRunError: SIGINT or SIGTERM came; the step was finished and the state saved.
         TrainingError: the loss stayed non-finite, or there is no space to save.
     """
-    log = StepLog()
-    guard = FiniteGuard()
-    with _signals() as asked, reporter.task("Training", stop, "step", start) as task:
+    watch = watch or Watch()
+    alone = session.accelerator.num_processes == 1
+    with _signals(reporter) as asked, reporter.task("Training", stop, "step", start) as task:
         for step in range(start, stop):
             began_s = time.perf_counter()
             lr = optim.set_lr(session.optimizer, session.section, step, stop)
-            line, finite = _one_step(session, step)
-            record_ids = line.pop("record_ids")
-            if not finite:
-                line.update(skipped=True, record_ids=record_ids)
-            line.update(lr=lr, step_s=time.perf_counter() - began_s)
-            if session.accelerator.is_main_process:
-                metrics.append({"step": step + 1, **line})
-            guard.check(
-                step=step + 1, finite=finite, record_ids=record_ids, diagnosis=session.diagnosis, figures=line
-            )
-            _tell(session, line, step + 1, task, log, reporter)
-            done = step + 1
+            figures = _one_step(session, step, asked, watch)
+            done, seconds = step + 1, time.perf_counter() - began_s
+            line = {"step": done, **figures.line, "lr": lr, "step_s": seconds}
+            _tell(session, metrics, line, task)
+            watch.note(figures, reporter, step=done, seconds=seconds, diagnosis=session.diagnosis)
             saved = done == stop or (hooks.checkpoint_every > 0 and done % hooks.checkpoint_every == 0)
             if saved:
                 metrics.sync()
                 hooks.checkpoint(done)
             if hooks.preview_every > 0 and done % hooks.preview_every == 0 and done < stop:
                 hooks.preview(done)
-            if asked and done < stop:
+            # Several ranks must stop at the same step: only what all of them have heard counts.
+            if (bool(asked) if alone else figures.stopping) and done < stop:
                 if not saved:
                     metrics.sync()
                     hooks.checkpoint(done)
+                by = signal.Signals(asked[0]).name if asked else "a signal to another process"
                 raise InterruptedRunError(
-                    f"interrupted by {signal.Signals(asked[0]).name} after step {done} of {stop}; "
-                    "the state is saved.",
+                    f"interrupted by {by} after step {done} of {stop}; the state is saved.",
                     "The same command again goes on from here.",
                 )
-    return log
+    return watch
 
 
-def _one_step(session: Session, step: int) -> tuple[dict[str, Any], bool]:
+def _one_step(session: Session, step: int, asked: Sequence[int], watch: Watch) -> StepFigures:
     """Forward, backward and update of one optimizer step. One host synchronisation."""
+    sums, record_ids = _accumulate(session, step)
+    if asked:
+        sums[3] = 1.0
+    if session.accelerator.num_processes > 1:
+        _sum_over_ranks(session, sums)
+    session.scaler.unscale_(session.optimizer)
+    names = [str(group["name"]) for group in session.optimizer.param_groups]
+    by_component = _grad_norms(session) if len(names) > 1 else []
+    ups = _up_norms(session) if watch.alarms.want_up_norms else []
+    norm = optim.clip(session.parameters, session.section.max_grad_norm)
+    read = torch.cat([sums, torch.stack([norm, *(by_component or [norm]), *ups])]).tolist()
+    total, instance, prior, stopping, grad_norm = read[:5]
+    line: dict[str, Any] = {"loss": total, "loss_instance": instance}
+    if session.n_class:
+        line["loss_prior"] = prior
+    line["grad_norm"] = grad_norm
+    grad_norms = dict(zip(names, read[5 : 5 + len(names)], strict=True))
+    wrong = wrong_parts(line, grad_norms)
+    overflow = False
+    if wrong:
+        record_ids = gather_object(record_ids) if session.accelerator.num_processes > 1 else record_ids
+        overflow = _skip(session, line, wrong, record_ids)
+    else:
+        session.scaler.step(session.optimizer)
+        session.scaler.update()
+    session.optimizer.zero_grad(set_to_none=True)
+    return StepFigures(
+        line=line,
+        record_ids=record_ids,
+        wrong=() if overflow else wrong,
+        overflow=overflow,
+        grad_norms=grad_norms,
+        up_norms=dict(zip(names, read[5 + len(names) :], strict=True)) if ups else {},
+        stopping=stopping > 0,
+    )
+
+
+def _accumulate(session: Session, step: int) -> tuple[torch.Tensor, list[str]]:
+    """Gradients of all micro-batches of this rank.
+
+    Returns:
+        [4] loss, the subject's, the class images', and 0; and the examples.
+    """
     device = session.accelerator.device
-    sums = torch.zeros(3, device=device)
+    sums = torch.zeros(4, device=device)
     record_ids: list[str] = []
     for turn, micro_batch in enumerate(session.batches(step)):
         for batch in micro_batch:
@@ -187,22 +222,46 @@ def _one_step(session: Session, step: int) -> tuple[dict[str, Any], bool]:
                     n_class=session.n_class,
                 )
             session.scaler.scale(terms.total).backward()  # type: ignore[no-untyped-call]
-            sums += torch.stack([terms.total.detach(), terms.instance.detach(), terms.prior.detach()])
-    if session.accelerator.num_processes > 1:
-        _sum_over_ranks(session, sums)
-    session.scaler.unscale_(session.optimizer)
-    grad_norm = optim.clip(session.parameters, session.section.max_grad_norm)
-    total, instance, prior, norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
-    finite = math.isfinite(total) and math.isfinite(norm)
-    if finite:
-        session.scaler.step(session.optimizer)
-    session.scaler.update()
-    session.optimizer.zero_grad(set_to_none=True)
-    line: dict[str, Any] = {"loss": total, "loss_instance": instance}
-    if session.n_class:
-        line["loss_prior"] = prior
-    line.update(grad_norm=norm, record_ids=record_ids)
-    return line, finite
+            sums[:3] += torch.stack([terms.total.detach(), terms.instance.detach(), terms.prior.detach()])
+    return sums, record_ids
+
+
+def _skip(session: Session, line: dict[str, Any], wrong: Sequence[str], record_ids: Sequence[str]) -> bool:
+    """Mark a step that is not applied; whether lowering the loss scale can mend it.
+
+    A loss that is not finite says nothing about the scale: halving it for a bad photo in every epoch would
+    bring it to 0. Below 1 the scale does not help any more.
+    """
+    scaler = session.scaler
+    scale = float(scaler.get_scale())
+    line.update(skipped=True, record_ids=list(record_ids), not_finite=list(wrong))
+    if not math.isfinite(line["loss"]):
+        scaler.update(scale)
+        return False
+    scaler.update()
+    overflow = scaler.is_enabled() and scale > 1.0
+    if overflow:
+        line.update(overflow=True, loss_scale=scale)
+    return overflow
+
+
+def _grad_norms(session: Session) -> list[torch.Tensor]:
+    """2-norm of the gradient of each component; 0 where there is none."""
+    zero = torch.zeros((), device=session.accelerator.device)
+    norms = []
+    for group in session.optimizer.param_groups:
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients) if gradients else zero)
+    return norms
+
+
+def _up_norms(session: Session) -> list[torch.Tensor]:
+    """2-norm of all lora_B of each component."""
+    ups = {id(weight) for weight in session.up_weights}
+    return [
+        torch.nn.utils.get_total_norm([p.detach() for p in group["params"] if id(p) in ups])
+        for group in session.optimizer.param_groups
+    ]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -229,32 +288,17 @@ def _sum_over_ranks(session: Session, sums: torch.Tensor) -> None:
     sums.copy_(session.accelerator.reduce(sums, reduction="sum"))
 
 
-def _tell(
-    session: Session, line: Mapping[str, Any], done: int, task: Task, log: StepLog, reporter: Reporter
-) -> None:
-    """Progress, trackers and the alarms that cost nothing."""
+def _tell(session: Session, metrics: MetricsLog, line: Mapping[str, Any], task: Task) -> None:
+    """Metrics, progress, trackers."""
+    if session.accelerator.is_main_process:
+        metrics.append(line)
     task.advance(1, loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}")
-    session.accelerator.log(
-        {key: value for key, value in line.items() if isinstance(value, float)}, step=done
-    )
-    seconds = float(line["step_s"])
-    if len(log.seconds) >= 20 and seconds > SPILL_RATIO * statistics.median(log.seconds):
-        log.once(
-            "slow",
-            f"step {done} took {seconds:.1f} s, over five times the median: is memory spilling?",
-            reporter,
-        )
-    log.seconds.append(seconds)
-    if done == DEAD_AFTER_STEPS and not any(bool(weight.detach().any()) for weight in session.up_weights):
-        log.once(
-            "dead",
-            f"after {done} steps every lora_B is still zero: no gradient reaches the adapter",
-            reporter,
-        )
+    figures = {key: value for key, value in line.items() if isinstance(value, float)}
+    session.accelerator.log(figures, step=line["step"])
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals(reporter: Reporter) -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM; a second SIGINT quits at once.
 
     Outside the main thread Python cannot install handlers; there the caller's own handling stays.
@@ -268,6 +312,11 @@ def _signals() -> Iterator[list[int]]:
         if asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(signum)
+        if len(asked) == 1:
+            again = "again" if signum == signal.SIGINT else "Ctrl-C"
+            # Python refuses to print within a print that the signal came into: then the line is lost.
+            with suppress(RuntimeError):
+                reporter.say(f"finishing this step and saving; {again} to quit at once")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

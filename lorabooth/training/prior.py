@@ -2,7 +2,9 @@
 
 They live in a folder named after everything that decides their pixels, so that another subject of the
 same class finds them, an interrupted drawing goes on where it was, and nothing stale is ever used.
-Image i is a function of (key, i): the first 100 of 200 are the 100 of a smaller run.
+Image i is a function of (key, i), whatever was there before: the first 100 of 200 are the 100 of a smaller
+run, and those of a run that was killed. Batched arithmetic rounds by the size of the batch, so images are
+drawn in groups that are always the same (0-7, 8-15, ...) and always whole, though only one be missing.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabooth import durable
-from lorabooth.errors import BaseModelError, RecipeError
+from lorabooth.errors import BaseModelError, LoraboothError, RecipeError, TrainingError
 from lorabooth.progress import Reporter, Silent
 from lorabooth.prompts import slug
 from lorabooth.rng import seed_for
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 Generate = Callable[[Sequence[str], Sequence[int]], "Sequence[Image]"]
 """(prompts, seeds), equally many -> as many RGB images."""
 
-# Part of the key: to be raised when the same facts would give other pixels.
-_CODE_VERSION = 1
+# Part of the key: to be raised when the same facts would give other pixels. 2: groups.
+_CODE_VERSION = 2
 _MAX_ATTEMPTS = 5
 # Standard deviation over the pixels of the liveliest channel, in 8-bit levels. Photos and drawings are
 # above 20; what a broken decoder leaves (black, grey, one colour with rounding) is below 1.
@@ -48,6 +49,7 @@ class SamplerFacts:
         height_px: image height.
         width_px: image width.
         dtype: precision of the frozen weights, e.g. "fp32".
+        group: images drawn together, >= 1; by it the last bits of an image differ.
     """
 
     name: str
@@ -56,6 +58,7 @@ class SamplerFacts:
     height_px: int
     width_px: int
     dtype: str = "fp32"
+    group: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,6 @@ def ensure_class_images(
     count: int,
     generate: Generate,
     sampler: SamplerFacts,
-    batch_size: int = 4,
     reporter: Reporter | None = None,
 ) -> ClassImages:
     """Find or draw `count` class images.
@@ -101,9 +103,9 @@ def ensure_class_images(
         base_key: what identifies the base: digest and id, never a path.
         prompt: the class prompt.
         count: how many images, >= 1.
-        generate: draws a batch; image i must depend on prompt i and seed i only.
-        sampler: how `generate` draws.
-        batch_size: most images per call of `generate`.
+        generate: draws a batch; a function of prompts and seeds, and image i (but for the rounding of batched
+            arithmetic) of prompt i and seed i only. Called with `sampler.group` of them, or with one.
+        sampler: how `generate` draws, and how many at once.
         reporter: hears of the progress.
 
     Returns:
@@ -112,14 +114,13 @@ def ensure_class_images(
     Raises:
         BaseModelError: one image came out black or flat in every attempt.
         RecipeError: the folder cannot be written.
+        TrainingError: the disk is full; what was drawn is kept.
     """
     key = class_images_key(base_key=base_key, prompt=prompt, sampler=sampler)
     folder = folder_root / f"{slug(prompt)}-{key[:16]}"
-    job = _Job(folder, key, base_key, prompt, sampler, generate, batch_size, reporter or Silent())
+    job = _Job(folder, key, base_key, prompt, sampler, generate, reporter or Silent())
     with _locked(job):
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-        _write(folder / "images.json", job.facts())
+        _tidy(job)
         paths = tuple(folder / f"{index:06d}.png" for index in range(count))
         missing = [index for index, path in enumerate(paths) if not _is_good_file(path, sampler)]
         rejected = _draw(job, missing, paths) if missing else 0
@@ -136,7 +137,6 @@ class _Job:
     prompt: str
     sampler: SamplerFacts
     generate: Generate
-    batch_size: int
     reporter: Reporter
 
     def facts(self) -> bytes:
@@ -153,6 +153,14 @@ class _Job:
     def seed(self, index: int, attempt: int) -> int:
         """One seed per image and attempt, a function of the key."""
         return seed_for(int(self.key[:15], 16), attempt, 0, "class image", index)
+
+    def draw(self, indices: Sequence[int], attempt: int) -> Sequence[Image]:
+        """One batch."""
+        seeds = [self.seed(index, attempt) for index in indices]
+        images = self.generate([self.prompt] * len(seeds), seeds)
+        if len(images) != len(seeds):
+            raise ValueError(f"{len(images)} images for {len(seeds)} seeds")
+        return images
 
 
 @contextmanager
@@ -178,29 +186,45 @@ def _locked(job: _Job) -> Iterator[None]:
         lock.release()
 
 
+def _tidy(job: _Job) -> None:
+    """Remove what killed processes left; under the lock there are no others. Say what the folder is."""
+    facts = job.folder / "images.json"
+    try:
+        for leftover in job.folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        is_told = facts.is_file() and facts.read_bytes() == job.facts()
+    except OSError as error:
+        raise _unwritable(job.folder, error) from error
+    if not is_told:
+        _write(facts, job.facts())
+
+
 def _draw(job: _Job, missing: Sequence[int], paths: Sequence[Path]) -> int:
     """Draw and save the missing images; returns how many were rejected on the way."""
-    waiting = deque((index, 0) for index in missing)
-    rejected = 0
+    size = job.sampler.group
+    wanted, rejected = set(missing), 0
     done = len(paths) - len(missing)
     with job.reporter.task(f'Class images "{job.prompt}"', len(paths), unit="image", start=done) as task:
-        while waiting:
-            batch = [waiting.popleft() for _ in range(min(job.batch_size, len(waiting)))]
-            seeds = [job.seed(index, attempt) for index, attempt in batch]
-            images = job.generate([job.prompt] * len(batch), seeds)
-            again = []
-            for (index, attempt), seed, image in zip(batch, seeds, images, strict=True):
-                if _is_lively(image):
-                    _save_png(paths[index], image, job.prompt, seed)
-                    task.advance()
+        for first in sorted({index // size * size for index in missing}):
+            indices = range(first, first + size)
+            for index, image in zip(indices, job.draw(indices, 0), strict=True):
+                if index not in wanted:
                     continue
-                rejected += 1
-                if attempt + 1 >= _MAX_ATTEMPTS:
-                    raise _nothing_drawn(job, index)
-                again.append((index, attempt + 1))
-            # In front, so that a base that draws nothing is found out in a few batches.
-            waiting.extendleft(reversed(again))
+                attempt, lively = _lively(job, index, image)
+                rejected += attempt
+                _save_png(paths[index], lively, job.prompt, job.seed(index, attempt))
+                task.advance()
     return rejected
+
+
+def _lively(job: _Job, index: int, image: Image) -> tuple[int, Image]:
+    """The first attempt that is not flat, and its number; those after the given one are drawn alone."""
+    for attempt in range(_MAX_ATTEMPTS):
+        if attempt:
+            (image,) = job.draw([index], attempt)
+        if _is_lively(image):
+            return attempt, image
+    raise _nothing_drawn(job, index)
 
 
 def _nothing_drawn(job: _Job, index: int) -> BaseModelError:
@@ -212,11 +236,16 @@ def _nothing_drawn(job: _Job, index: int) -> BaseModelError:
     )
 
 
-def _unwritable(folder: Path, error: OSError) -> RecipeError:
-    return RecipeError(
-        f"The class images cannot be kept in {folder}: {error.strerror or error}.",
-        "Free some space there, or choose a folder that can be written.",
-    )
+def _unwritable(folder: Path, error: OSError) -> LoraboothError:
+    what = f"The class images cannot be kept in {folder}: {error.strerror or error}."
+    if durable.is_full(error):
+        return TrainingError(
+            what,
+            "Free some disk space and run the command again: what was drawn is kept. Other folders in "
+            f"{folder.parent} may be deleted, they are drawn again; or set LORABOOTH_CACHE to a folder on "
+            "another disk.",
+        )
+    return RecipeError(what, "Set LORABOOTH_CACHE to a folder that can be written.")
 
 
 def _is_lively(image: Image) -> bool:

@@ -5,7 +5,8 @@ photos -> base -> class images -> caches -> adapter -> steps -> samples
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,24 +18,28 @@ from lorabooth.adapters import inject
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.data import images as data_images
 from lorabooth.data.cache import Store, default_root
-from lorabooth.errors import RecipeError
+from lorabooth.errors import InterruptedRunError
 from lorabooth.families.reload import with_vae
 from lorabooth.progress import Reporter
 from lorabooth.recipe import Recipe
 from lorabooth.training import folder as folders
-from lorabooth.training import state
+from lorabooth.training import going_on, space, state
+from lorabooth.training import identity as identities
+from lorabooth.training.alarms import Watch
 from lorabooth.training.caching import cache_and_release
 from lorabooth.training.class_images import class_examples
-from lorabooth.training.compose import ADAPTER_NAME, attach, compose, targets_of
+from lorabooth.training.compose import ADAPTER_NAME, attach, compose
 from lorabooth.training.facts import Ledger
 from lorabooth.training.folder import RunFolder
-from lorabooth.training.lock import RunLock
+from lorabooth.training.going_on import Standing
+from lorabooth.training.identity import Identity
 from lorabooth.training.log import MetricsLog
 from lorabooth.training.log import read as read_metrics
 from lorabooth.training.loop import Hooks, Session, run_steps
-from lorabooth.training.plan import Plan, TrainedPart, choices_text
+from lorabooth.training.plan import choices_text
 from lorabooth.training.previews import Previews
-from lorabooth.training.setting import Clock, Setting, open_setting, part_facts, summary_lines
+from lorabooth.training.processes import process_state
+from lorabooth.training.setting import Clock, Setting, open_setting, summary_lines
 from lorabooth.training.studio import Studio
 from lorabooth.training.subjects import preview_prompts
 from lorabooth.version import __version__
@@ -63,47 +68,6 @@ class Outcome:
     grid: Path | None
 
 
-def plan_run(recipe: Recipe, *, out: Path | None, reporter: Reporter) -> Plan:
-    """Everything up to the first write: photos checked, base loaded, adapter attached, counted.
-
-    Raises:
-        LoraboothError: what `train` would refuse before training.
-    """
-    setting = open_setting(recipe, Clock(), reporter)
-    place = _out_of(out, setting.recipe)
-    attached = inject.attach(
-        setting.parts.components(), targets_of(setting.family, setting.recipe), seed=setting.recipe.run.seed
-    )
-    optim, adapter = setting.recipe.optim, setting.recipe.adapter
-    trained = []
-    for component in attached.components:
-        is_text = component != "denoiser"
-        modules = [name for name in attached.modules if name.startswith(f"{component}.")]
-        rank = int(adapter.text_encoder_rank if is_text else adapter.rank)
-        trained.append(
-            TrainedPart(
-                component=component,
-                modules=len(modules),
-                rank=rank,
-                alpha=float(adapter.alpha) / int(adapter.rank) * rank,
-                lr=float(optim.text_encoder_lr if is_text else optim.lr),
-                parameters=sum(weight.numel() for weight in attached.parameters(component)),
-            )
-        )
-    inject.detach(setting.parts.components())
-    n_step = optim.batch_size * optim.accumulate
-    return Plan(
-        recipe=setting.recipe,
-        choices=setting.choices,
-        parts=part_facts(setting.parts),
-        trained=trained,
-        photos=setting.photos.summary(),
-        examples=(n_step, 0 if setting.recipe.prior.mode == "none" else n_step),
-        device=str(setting.device),
-        out=str(place),
-    )
-
-
 def run(
     recipe: Recipe, *, out: Path | None, studio: Studio, reporter: Reporter, fresh: bool = False
 ) -> Outcome:
@@ -121,41 +85,86 @@ def run(
     """
     clock = Clock()
     setting = open_setting(recipe, clock, reporter)
-    place = _out_of(out, setting.recipe)
-    place = folders.fresh_beside(place) if fresh else place
-    folder = folders.claim(place, setting.recipe)
+    identity = identities.of(setting)
+    folder = folders.check(folders.out_of(out, setting.recipe, fresh=fresh), setting.recipe, identity)
+    folders.check_writable(folder.root)
     for line in summary_lines(setting):
         reporter.say(line)
     if setting.choices:
         reporter.say('chosen for "auto":\n' + choices_text(setting.choices))
-    accelerator = _accelerator(setting, folder)
-    with RunLock(folder.root) if accelerator.is_main_process else nullcontext():
-        return _locked_run(setting, folder, accelerator, studio, clock, reporter)
+    is_main = process_state().is_main_process
+    with folders.held(folder) if is_main else nullcontext():
+        # Once more: another process may have been faster.
+        folders.check(folder.root, setting.recipe, identity)
+        if is_main:
+            folders.sweep(folder)
+        standing = going_on.find(folder, int(setting.recipe.optim.steps), reporter)
+        going_on.tell(standing, reporter)
+        if standing.finished:
+            return _left_alone(standing, setting.recipe, reporter)
+        ledger = Ledger(folder, setting, clock, folders.read_json(folder.facts))
+        if is_main:
+            _begin(standing, setting.recipe, identity, ledger, reporter)
+        with _ends_told(ledger, is_main=is_main):
+            return _run_phases(standing, setting, ledger, studio, reporter)
 
 
-def _locked_run(
-    setting: Setting,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    studio: Studio,
-    clock: Clock,
-    reporter: Reporter,
-) -> Outcome:
-    recipe = setting.recipe
-    total = int(recipe.optim.steps)
-    checkpoint = state.newest(folder.root, reporter)
-    if folder.is_finished() and checkpoint is not None and checkpoint.step >= total:
-        reporter.say(f"{folder.root} is done already: {checkpoint.step} steps. Nothing was changed.")
-        return _outcome(folder, recipe, checkpoint.step, checkpoint.step, finished_before=True)
-    if checkpoint is not None and checkpoint.step > total:
-        raise RecipeError(
-            f"optim.steps is {total}, but {folder.root} has {checkpoint.step} steps already.",
-            "Give as many or more, or --fresh to start beside it.",
+def _left_alone(standing: Standing, recipe: Recipe, reporter: Reporter) -> Outcome:
+    """A finished run: only an adapter that is gone is written again."""
+    folder, checkpoint = standing.folder, standing.checkpoint
+    if checkpoint is not None and not folder.adapter.is_file():
+        going_on.deliver(checkpoint, folder)
+        reporter.say(f"{folder.adapter.name} was gone and is written again, from the last checkpoint.")
+    else:
+        reporter.say("Nothing was changed.")
+    return _outcome(folder, recipe, standing.steps, standing.steps, finished_before=True)
+
+
+def _begin(
+    standing: Standing, recipe: Recipe, identity: Identity, ledger: Ledger, reporter: Reporter
+) -> None:
+    """The run's own recipe and identity are the first that is written: they make the folder this run's."""
+    folder = standing.folder
+    for line in folders.changed_keys(folder, recipe):
+        reporter.say(f"changed since the run began: {line}")
+    if standing.steps and identities.parse(folders.read_json(folder.identity)) is None:
+        reporter.warn(
+            f"{folder.root} does not say which photos and which base it was trained on; they are taken to be "
+            "those that are there now"
         )
-    ledger = Ledger(folder, setting, clock)
-    if accelerator.is_main_process:
-        folders.write_recipe(folder, recipe)
-        ledger.write("running")
+    folders.write_recipe(folder, recipe)
+    folders.write_json(folder.identity, identity.to_json())
+    ledger.note("resumed_from", [*ledger.before.get("resumed_from", []), *filter(None, [standing.steps])])
+    ledger.write("running")
+
+
+@contextmanager
+def _ends_told(ledger: Ledger, *, is_main: bool) -> Iterator[None]:
+    """However the run ends is written to run.json; an interrupt becomes a message that says how to go on."""
+    again = f"To go on: {going_on.command(ledger.folder)}"
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | InterruptedRunError)
+        if is_main:
+            ledger.write_if_possible("interrupted" if interrupted else "failed")
+        if isinstance(error, InterruptedRunError):
+            raise InterruptedRunError(error.what, f"It goes on from here. {again}") from None
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptedRunError(
+                "interrupted at once; what is finished (class images, encoded photos, checkpoints) is kept.",
+                again,
+            ) from None
+        raise
+    if is_main:
+        ledger.write("finished")
+
+
+def _run_phases(
+    standing: Standing, setting: Setting, ledger: Ledger, studio: Studio, reporter: Reporter
+) -> Outcome:
+    recipe, folder, clock, start = setting.recipe, standing.folder, ledger.clock, standing.steps
+    accelerator = _accelerator(setting, folder)
     store = Store(default_root())
     with clock.phase("class images"), accelerator.main_process_first():
         classes = class_examples(setting, studio, store, reporter)
@@ -165,80 +174,96 @@ def _locked_run(
     attached = attach(setting, accelerator.device, reporter)
     ledger.note("adapter", {"modules": attached.n_modules, "parameters": attached.n_parameters})
     session = compose(setting, examples, attached, accelerator=accelerator, reporter=reporter)
-    start = _restore(checkpoint, setting, session) if checkpoint is not None else 0
-    if start:
-        reporter.say(f"going on from step {start} of {total}")
+    ledger.note("precision", going_on.precision_name(session))
+    watch = Watch()
+    if standing.checkpoint is not None:
+        watch = going_on.restore(standing.checkpoint, setting, session, reporter)
     metrics = MetricsLog(folder.metrics)
     if accelerator.is_main_process:
         metrics.truncate_after(start)
     previews = _previews(setting, studio, encoded, folder, reporter)
-    grid = _train(setting, folder, session, metrics, previews, ledger, start, reporter)
-    if accelerator.is_main_process:
-        ledger.write("finished")
+    space.require(folder.root, _amounts(recipe, session, attached.n_parameters, previews))
+    try:
+        grid = _train(standing, setting, session, metrics, previews, ledger, watch, reporter)
+    finally:
+        ledger.note("warnings", watch.warnings)
     accelerator.end_training()
-    return replace(_outcome(folder, recipe, total, start, finished_before=False), grid=grid)
+    return replace(_outcome(folder, recipe, standing.total, start, finished_before=False), grid=grid)
 
 
 def _train(
+    standing: Standing,
     setting: Setting,
-    folder: RunFolder,
     session: Session,
     metrics: MetricsLog,
     previews: Previews | None,
     ledger: Ledger,
-    start: int,
+    watch: Watch,
     reporter: Reporter,
 ) -> Path | None:
-    """The steps, with samples before, between and after; the adapter is saved last."""
-    recipe, clock = setting.recipe, ledger.clock
-    total = int(recipe.optim.steps)
-    components = setting.parts.components()
-    metadata = _metadata(setting)
+    """The steps, with samples before, between and after; the adapter is delivered last."""
+    recipe, clock, folder = setting.recipe, ledger.clock, standing.folder
+    start, total, is_main = standing.steps, standing.total, session.accelerator.is_main_process
+    components, metadata = setting.parts.components(), _metadata(setting)
 
     def write_adapter(path: Path, steps: int) -> None:
         adapter_file.write(path, inject.tensors(components, ADAPTER_NAME), replace(metadata, steps=steps))
 
     def save(step: int) -> None:
-        if session.accelerator.is_main_process:
+        if is_main:
             with clock.phase("checkpoints"):
                 state.save(
                     folder.root,
                     step=step,
                     adapter_writer=lambda path: write_adapter(path, step),
                     optimizer=session.optimizer,
-                    facts={"scaler": session.scaler.state_dict()},
+                    facts=going_on.facts(session, watch),
                 )
-                state.rotate(folder.root, recipe.run.keep)
+                _rotate(folder, recipe.run.keep, reporter)
+            ledger.note("steps_done", step)
         session.accelerator.wait_for_everyone()
 
     def draw(step: int, *, adapter: bool = True) -> Path | None:
-        if previews is None or not session.accelerator.is_main_process:
+        if previews is None or not is_main:
             return None
         with clock.phase("samples"):
             return previews.draw(step, adapter=adapter)
 
+    every = recipe.run.sample_every
     if not (folder.samples / "before" / "grid.png").is_file():
         draw(0, adapter=False)
+    # Killed after the checkpoint and before its preview: nobody else would draw it.
+    if every and 0 < start < total and start % every == 0 and not going_on.grid_of(folder, start).is_file():
+        draw(start)
     hooks = Hooks(
-        checkpoint=save,
-        preview=draw,
-        checkpoint_every=recipe.run.checkpoint_every,
-        preview_every=recipe.run.sample_every,
+        checkpoint=save, preview=draw, checkpoint_every=recipe.run.checkpoint_every, preview_every=every
     )
     with clock.phase("training"):
-        log = run_steps(session, hooks, metrics, start=start, stop=total, reporter=reporter)
-    ledger.note("warnings", log.warnings)
-    if session.accelerator.is_main_process:
-        write_adapter(folder.adapter, total)
+        run_steps(session, hooks, metrics, start=start, stop=total, reporter=reporter, watch=watch)
+    if is_main:
+        going_on.deliver(going_on.last(folder, total, reporter), folder)
     return draw(total)
 
 
-def _restore(checkpoint: state.Checkpoint, setting: Setting, session: Session) -> int:
-    """Adapter, optimizer and grad scaler of a checkpoint; returns its step."""
-    saved = adapter_file.read(checkpoint.adapter)
-    inject.write(setting.parts.components(), ADAPTER_NAME, saved.tensors)
-    session.scaler.load_state_dict(dict(checkpoint.facts.get("scaler", {})))
-    return state.restore(checkpoint, session.optimizer)
+def _rotate(folder: RunFolder, keep: int, reporter: Reporter) -> None:
+    """Old checkpoints that cannot be deleted are in nobody's way."""
+    try:
+        state.rotate(folder.root, keep)
+    except OSError as error:
+        reporter.warn(f"an old checkpoint could not be deleted: {error.strerror or error}")
+
+
+def _amounts(recipe: Recipe, session: Session, parameters: int, previews: Previews | None) -> space.Amounts:
+    return space.Amounts(
+        checkpoint_bytes=state.checkpoint_bytes(session.optimizer),
+        adapter_bytes=int(parameters * 4 * 1.05),
+        steps=int(recipe.optim.steps),
+        checkpoint_every=recipe.run.checkpoint_every,
+        keep=recipe.run.keep,
+        sample_every=recipe.run.sample_every,
+        images=0 if previews is None else len(previews.prompts) * len(previews.seeds),
+        side_px=0 if previews is None else previews.side_px,
+    )
 
 
 def _previews(
@@ -293,18 +318,12 @@ def _accelerator(setting: Setting, folder: RunFolder) -> Accelerator:
     return accelerator
 
 
-def _out_of(out: Path | None, recipe: Recipe) -> Path:
-    if out is not None:
-        return out
-    return folders.default_out(recipe) if recipe.run.out == "auto" else Path(recipe.run.out)
-
-
 def _outcome(
     folder: RunFolder, recipe: Recipe, steps: int, resumed_from: int, *, finished_before: bool
 ) -> Outcome:
     lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
     loss = lines[-1]["loss"] if lines else None
-    grid = folder.step_samples(steps) / "grid.png"
+    grid = going_on.grid_of(folder, steps)
     return Outcome(
         folder=folder,
         recipe=recipe,

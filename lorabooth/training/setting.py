@@ -6,18 +6,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorabooth.data import images
+from lorabooth.data.records import CaptionsError, Scan, Skipped
 from lorabooth.errors import RecipeError
 from lorabooth.families import registry, source, tokens
-from lorabooth.families.base import Family, Parts
+from lorabooth.families.base import Defaults, Family, Parts
 from lorabooth.families.release import Released, assert_released, release
-from lorabooth.memory.apply import DTYPES
+from lorabooth.memory.apply import DTYPES, precision
 from lorabooth.memory.facts import describe_device
 from lorabooth.progress import Reporter
-from lorabooth.recipe import Recipe, from_mapping
+from lorabooth.recipe import Recipe, check, from_mapping
+from lorabooth.recipe.rules import printable
 from lorabooth.training import subjects
 from lorabooth.training.plan import PartFacts
 from lorabooth.training.processes import process_state
@@ -68,6 +72,23 @@ class LoadedBase:
         return released
 
 
+@dataclass(frozen=True, slots=True)
+class LongCaption:
+    """A caption that loses its end at the text encoder's limit.
+
+    Attributes:
+        photos: names of the files it belongs to, without folders.
+        tokens: that it has, start and end included.
+        limit: that the encoder takes.
+        caption: all of it.
+    """
+
+    photos: tuple[str, ...]
+    tokens: int
+    limit: int
+    caption: str
+
+
 @dataclass(frozen=True)
 class Setting:
     """A run's footing.
@@ -80,6 +101,7 @@ class Setting:
         family: of the base.
         base: its parts, frozen, on the CPU at first, in the recipe's dtype.
         device: where training happens.
+        long_captions: those that lose their ends.
     """
 
     recipe: Recipe
@@ -89,6 +111,15 @@ class Setting:
     family: Family
     base: LoadedBase
     device: torch.device
+    long_captions: tuple[LongCaption, ...] = ()
+
+    @property
+    def long_caption_facts(self) -> list[dict[str, Any]]:
+        """`long_captions` as JSON values for run.json, which holds no captions: photos, tokens, limit."""
+        return [
+            {"photos": [*each.photos], "tokens": each.tokens, "limit": each.limit}
+            for each in self.long_captions
+        ]
 
     @property
     def parts(self) -> Parts:
@@ -114,9 +145,10 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
         defaults = family.defaults_for(base)
         resolution = recipe.images.resolution
         side_px = defaults.resolution_px if resolution == "auto" else resolution
-        photos = subjects.gather(subjects.subjects_of(recipe), resolution_px=side_px, reporter=reporter)
+        _require_agreement(recipe, defaults, device)
+        photos = _gather(recipe, resolution_px=side_px, reporter=reporter)
     for path, warning in photos.report.warnings:
-        reporter.warn(f"{path.name}: {warning}")
+        reporter.warn(f"{printable(path.name)}: {warning}")
     facts = describe_device(device)
     with clock.phase("load base"):
         base = replace(base, sha256=source.weights_digest(base))
@@ -134,8 +166,10 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
     recipe = resolved.recipe
     named = subjects.subjects_of(recipe)
     photos = replace(photos, scans=subjects.scan_all(named))
-    _warn_of_long_captions(family, parts, photos, reporter)
-    return Setting(recipe, resolved.choices, named, photos, family, LoadedBase(parts), device)
+    long = _long_captions(family, parts, photos)
+    if long:
+        reporter.warn(_long_captions_text(long))
+    return Setting(recipe, resolved.choices, named, photos, family, LoadedBase(parts), device, long)
 
 
 def _require_preset(family: Family, preset: str) -> None:
@@ -146,16 +180,67 @@ def _require_preset(family: Family, preset: str) -> None:
         )
 
 
-def _warn_of_long_captions(family: Family, parts: Parts, photos: Photos, reporter: Reporter) -> None:
-    """A table of captions that lose tokens at the text encoder's limit."""
-    captions = list(dict.fromkeys(record.caption for record in photos.records))
-    long = [
-        f"  {has} of {limit} tokens: {caption[:60]}"
-        for caption, (has, limit) in zip(captions, family.count_tokens(parts, captions), strict=True)
+def _require_agreement(recipe: Recipe, defaults: Defaults, device: torch.device) -> None:
+    """What can be told of "auto" before the base is loaded: the rules that its values would break.
+
+    Raises:
+        RecipeError: precisions that do not go together on this device; a warmup longer than the run.
+    """
+    precision(recipe.memory, device)
+    if recipe.optim.steps == "auto":
+        optim = recipe.optim.model_copy(update={"steps": defaults.steps})
+        check(recipe.model_copy(update={"optim": optim}))
+
+
+def _gather(recipe: Recipe, *, resolution_px: int, reporter: Reporter) -> Photos:
+    """List and decode all photos, the user's own class images too, before any model is loaded.
+
+    Raises:
+        DataError: a folder, photos or captions cannot be used; all bad files in one message.
+    """
+    named = subjects.subjects_of(recipe)
+    scans: list[Scan] = []
+    captions: list[Skipped] = []
+    for subject in named:
+        try:
+            scans += subjects.scan_all((subject,))
+        except CaptionsError as error:
+            scans.append(error.scan)
+            captions += error.problems
+    own = recipe.prior.images if recipe.prior.mode == "images" else ""
+    classes = [subjects.own_class_images(Path(own), named)] if own else []
+    photos = [record for scan in scans for record in scan.records]
+    drawn = [record for scan in classes for record in scan.records]
+    report = images.check([*photos, *drawn], resolution_px=resolution_px, reporter=reporter)
+    skipped = [skip for scan in (*scans, *classes) for skip in scan.skipped]
+    images.require_good(report, captions=captions, skipped=skipped)
+    # Class images that are a little small are no matter; there may be hundreds.
+    own_paths = {record.path for record in photos}
+    warnings = tuple((path, text) for path, text in report.warnings if path in own_paths)
+    return Photos(tuple(scans), replace(report, warnings=warnings))
+
+
+def _long_captions(family: Family, parts: Parts, photos: Photos) -> tuple[LongCaption, ...]:
+    """Captions that lose tokens at the text encoder's limit, in the photos' order."""
+    names: dict[str, list[str]] = {}
+    for record in photos.records:
+        names.setdefault(record.caption, []).append(record.path.name)
+    counts = family.count_tokens(parts, list(names))
+    return tuple(
+        LongCaption(tuple(owners), has, limit, caption)
+        for (caption, owners), (has, limit) in zip(names.items(), counts, strict=True)
         if has > limit
-    ]
-    if long:
-        reporter.warn("\n".join(["these captions lose their ends at the text encoder's limit:", *long]))
+    )
+
+
+def _long_captions_text(long: Sequence[LongCaption]) -> str:
+    """A table of them."""
+    lines = ["these captions lose their ends at the text encoder's limit:"]
+    for each in long:
+        more = f" and {len(each.photos) - 1} more" if len(each.photos) > 1 else ""
+        whose = printable(each.photos[0], 40) + more
+        lines.append(f"  {whose}: {each.tokens} of {each.limit} tokens: {printable(each.caption, 60)}")
+    return "\n".join(lines)
 
 
 def part_facts(parts: Parts) -> list[PartFacts]:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,11 +22,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from lorabooth import durable
-from lorabooth.errors import RecipeError, TrainingError
+from lorabooth.errors import AdapterError, LoraboothError, RecipeError, TrainingError
 from lorabooth.progress import Reporter
+from lorabooth.training.packed import outline, pack_optimizer, state_bytes, unpack_optimizer
 
 ADAPTER = "adapter.safetensors"
 _TENSORS, _FACTS, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -75,25 +75,24 @@ def save(
         facts: further state as plain JSON values, e.g. the grad scaler's.
 
     Raises:
-        TrainingError: there is no space, or the folder cannot be written. Earlier checkpoints are whole.
+        TrainingError: there is no space, the folder cannot be written, or a number is not finite. Earlier
+            checkpoints are whole; the message says which is the last.
     """
     folder = run_folder / "checkpoints"
     final = folder / f"step-{step:06d}"
     unfinished = folder / f"{_HIDDEN}{final.name}-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        durable.make_folder(folder)
+        sweep(run_folder)
         _check_space(folder, optimizer)
         unfinished.mkdir()
         _write_files(unfinished, step, adapter_writer, optimizer, facts)
         _put_in_place(unfinished, final)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise TrainingError(
-            f"the checkpoint of step {step} cannot be saved in {folder}: {error}.",
-            "Free some space there, or make the folder writable; the same command goes on from the last "
-            "checkpoint, which is whole.",
-        ) from error
+        if isinstance(error, (OSError, ValueError, SafetensorError, LoraboothError)):
+            raise _not_saved(run_folder, step, error) from error
+        raise
     return Checkpoint(final, step, facts)
 
 
@@ -123,17 +122,28 @@ def restore(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> int:
         RecipeError: the checkpoint is of another optimizer or of other parameters.
     """
     saved = json.loads((checkpoint.folder / _FACTS).read_text(encoding="utf-8"))["optimizer"]
-    if saved["outline"] != _outline(optimizer):
+    if saved["outline"] != outline(optimizer):
         raise RecipeError(
             f"{checkpoint.folder} was saved with another optimizer, other components or another rank "
-            f"({saved['outline']['class']}; now {_outline(optimizer)['class']}).",
+            f"({saved['outline']['class']}; now {outline(optimizer)['class']}).",
             "Go on with the recipe in the run's folder, or choose another output folder.",
         )
-    tensors = safetensors.torch.load_file(checkpoint.folder / _TENSORS)
-    state = {int(index): _unpack(packed, tensors) for index, packed in saved["state"].items()}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    _page_again(optimizer)
+    unpack_optimizer(saved, safetensors.torch.load_file(checkpoint.folder / _TENSORS), optimizer)
     return checkpoint.step
+
+
+def sweep(run_folder: Path) -> None:
+    """Delete what crashed saves left. Only one process saves into a run, so all of it is stale."""
+    for leftover in (run_folder / "checkpoints").glob(f"{_HIDDEN}step-*"):
+        shutil.rmtree(leftover)
+
+
+def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Size of one checkpoint: adapter and optimizer state; before the first step, what they will take."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    size = sum(p.numel() * p.element_size() for p in weights) + state_bytes(optimizer)
+    # A twentieth and 1 MiB for headers.
+    return int(size * 1.05) + 2**20
 
 
 def rotate(run_folder: Path, keep: int) -> list[Path]:
@@ -148,9 +158,11 @@ def rotate(run_folder: Path, keep: int) -> list[Path]:
     Returns:
         The folders that are gone.
     """
+    if not keep:
+        return []
     whole, gone = 0, []
     for step, folder in _listed(run_folder):
-        if keep and whole >= keep:
+        if whole >= keep:
             _discard(folder)
             gone.append(folder)
         elif not _problem(folder, step):
@@ -165,16 +177,8 @@ def _write_files(
     optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any],
 ) -> None:
-    tensors: dict[str, Tensor] = {}
-    packed = {
-        str(index): _pack(state, str(index), tensors)
-        for index, state in optimizer.state_dict()["state"].items()
-    }
-    document = {
-        "step": step,
-        "facts": dict(facts),
-        "optimizer": {"outline": _outline(optimizer), "state": packed},
-    }
+    packed, tensors = pack_optimizer(optimizer)
+    document = {"step": step, "facts": dict(facts), "optimizer": packed}
     adapter_writer(folder / ADAPTER)
     durable.sync_file(folder / ADAPTER)
     durable.write(folder / _TENSORS, safetensors.torch.save(tensors))
@@ -244,78 +248,38 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _sweep(folder: Path) -> None:
-    """Delete what crashed saves left. Only one process saves into a run, so all of it is stale."""
-    for leftover in folder.glob(f"{_HIDDEN}step-*"):
-        shutil.rmtree(leftover)
-
-
 def _check_space(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    # The adapter's weights and the optimizer's state; a twentieth and 1 MiB for headers.
-    sizes = [t.numel() * t.element_size() for t in (*weights, *_tensors_in(optimizer.state))]
-    needed, free = int(sum(sizes) * 1.05) + 2**20, shutil.disk_usage(folder).free
+    needed, free = checkpoint_bytes(optimizer), shutil.disk_usage(folder).free
     if free < needed:
         raise TrainingError(
-            f"a checkpoint needs {needed / 2**20:.0f} MiB and {folder} has {free / 2**20:.0f} MiB free.",
-            "Free some space; the same command goes on from the last checkpoint, which is whole.",
+            f"a checkpoint needs {needed / 2**20:.0f} MiB and {folder} has {free / 2**20:.0f} MiB free",
+            f"Free some space on the disk that holds {folder}.",
         )
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for member in value.values():
-            yield from _tensors_in(member)
-
-
-def _outline(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What must agree between a saved and a fresh optimizer: its class, components and shapes."""
-    return {
-        "class": type(optimizer).__name__,
-        "groups": [
-            {"name": group.get("name", ""), "shapes": [list(p.shape) for p in group["params"]]}
-            for group in optimizer.param_groups
-        ],
-    }
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """State as JSON: tensors go to `tensors` under their path and leave {"tensor": path} behind."""
-    if isinstance(value, Tensor):
-        # A copy: bitsandbytes shares one quantization map between parameters, safetensors shares nothing.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {"map": {key: _pack(member, f"{name}/{key}", tensors) for key, member in value.items()}}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"optimizer state {name} is a {type(value).__name__}, which cannot be saved")
-
-
-def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(packed, dict):
-        return packed
-    if "tensor" in packed:
-        # A copy: what safetensors loads may be a view of the file, which rotation deletes.
-        return tensors[packed["tensor"]].clone()
-    return {key: _unpack(member, tensors) for key, member in packed["map"].items()}
-
-
-def _page_again(optimizer: torch.optim.Optimizer) -> None:
-    """Move restored state of a paged bitsandbytes optimizer back into paged memory.
-
-    Its `load_state_dict` leaves plain device tensors, which would take the memory that paging is to save.
-    """
-    if not getattr(optimizer, "is_paged", False):
-        return
-    for parameter, state in optimizer.state.items():
-        for key in ("state1", "state2"):
-            plain = state.get(key)
-            if plain is None:
-                continue
-            buffer = optimizer.get_state_buffer(parameter, dtype=plain.dtype)  # type: ignore[attr-defined]
-            if getattr(buffer, "is_paged", False):
-                buffer.copy_(plain)
-                state[key] = buffer
+def _not_saved(run_folder: Path, step: int, error: Exception) -> TrainingError:
+    """What stopped a save, whether there is something to go on from, and what to do."""
+    folder = run_folder / "checkpoints"
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    reason = error.what if isinstance(error, LoraboothError) else str(error)
+    if isinstance(root, OSError):
+        reason = root.strerror or str(root)
+    if durable.is_full(error):
+        fix = f"Free some space on the disk that holds {folder}."
+    elif isinstance(error, TrainingError):
+        fix = error.fix
+    elif isinstance(error, (AdapterError, ValueError)):
+        fix = 'Lower optim.lr, or set memory.precision to "bf16" or "fp32".'
+    else:
+        fix = "Free some space there, or make the folder writable."
+    whole = next((path.name for number, path in _listed(run_folder) if not _problem(path, number)), "")
+    last = (
+        f"The last whole checkpoint is {whole}; the same command goes on from it."
+        if whole
+        else "There is no whole checkpoint yet; the same command begins with the first step."
+    )
+    return TrainingError(
+        f"the checkpoint of step {step} cannot be saved in {folder}: {reason.rstrip('.')}.", f"{fix} {last}"
+    )

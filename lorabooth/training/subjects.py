@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorabooth.data import images, records
+from lorabooth.data import records
 from lorabooth.data.images import PhotoReport
 from lorabooth.data.records import Scan
-from lorabooth.progress import Reporter
 from lorabooth.prompts import class_prompt, instance_prompt
 from lorabooth.recipe import Recipe
 from lorabooth.types import Record, Role
@@ -95,19 +94,6 @@ def scan_all(subjects: Sequence[Subject]) -> tuple[Scan, ...]:
         )
         for subject in subjects
     )
-
-
-def gather(subjects: Sequence[Subject], *, resolution_px: int, reporter: Reporter) -> Photos:
-    """List and decode all photos.
-
-    Raises:
-        DataError: a folder or a photo or a caption cannot be used; all bad photos in one message.
-    """
-    scans = scan_all(subjects)
-    every = [record for scan in scans for record in scan.records]
-    report = images.check(every, resolution_px=resolution_px, reporter=reporter)
-    images.require_good(report)
-    return Photos(scans, report)
 
 
 def as_class_examples(photos: Sequence[Record], subjects: Sequence[Subject]) -> tuple[Record, ...]:

@@ -81,6 +81,24 @@ def test_a_task_that_fails_takes_its_bar_down_and_claims_nothing() -> None:
     assert "again: 1 it" in stream.getvalue()
 
 
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["lines", "bars"])
+def test_secrets_are_shown_nowhere(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNm"
+    key = "0123456789abcdef0123"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    reporter = reporter_for(quiet=False, stream=stream)
+    for secret in (token, key):
+        reporter.say(f"said {secret} here")
+        reporter.warn(f"warned of {secret} there")
+        with reporter.task(f"fetching {secret}", 1) as task:
+            task.advance(source=f"https://me:{secret}@host/x")
+    shown = stream.getvalue()
+    assert token not in shown
+    assert key not in shown
+    for expected in ("said *** here", "warning: warned of *** there", "fetching ***", "https://me:***@host"):
+        assert shown.count(expected) >= 2
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     quiet = Quiet()
     with quiet.task("training", 3) as task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,47 @@ def test_another_recipe_s_run_is_not_touched(home: Path, quick: list[str], train
     assert found.returncode == 2
     assert "optim.lr" in found.stderr
     assert (home / "run" / "adapter.safetensors").read_bytes() == before
+
+
+def test_a_moved_run_goes_on_with_its_photos_and_base_named_beside_its_recipe(
+    home: Path, tiny_sd: Path, photos: Path, trained
+) -> None:
+    place = home / "it's elsewhere"
+    for source, name in ((home / "run", "run"), (photos, "dögs"), (tiny_sd, tiny_sd.name)):
+        shutil.copytree(source, place / name)
+    before = (place / "run" / "metrics.jsonl").read_text("utf-8")
+    longer = ("train", "run/recipe.toml", "--images", "dögs", "--base", f"./{tiny_sd.name}")
+    found = lorabooth(*longer, "--set", "optim.steps=3", cwd=place)
+    assert found.returncode == 0, found.stderr
+    assert "going on from step 2 of 3" in found.stderr
+    assert (place / "run" / "metrics.jsonl").read_text("utf-8").startswith(before)
+    own = load(place / "run" / "recipe.toml")
+    assert own.subjects[0].images == str(place / "dögs")
+    assert own.model.base == str(place / tiny_sd.name)
+    # Other photos are other photos, wherever they lie.
+    next((place / "dögs").glob("*.*")).unlink()
+    found = lorabooth(*longer, "--set", "optim.steps=4", cwd=place)
+    assert found.returncode == 2
+    assert "is gone" in found.stderr
+
+
+def test_a_dry_run_with_fresh_shows_the_free_folder(home: Path, quick: list[str], trained) -> None:
+    found = lorabooth(*quick, "--out", "run", "--fresh", "--dry-run", cwd=home)
+    assert found.returncode == 0, found.stderr
+    assert "written to run-2" in found.stdout
+    found = lorabooth(*quick, "--out", "run", "--dry-run", "--set", "optim.lr=0.5", cwd=home)
+    assert found.returncode == 2
+    assert "optim.lr" in found.stderr
+
+
+def test_images_beside_a_recipe_of_several_subjects_is_not_guessed(home: Path, photos: Path, trained) -> None:
+    found = lorabooth(
+        *("train", "run/recipe.toml", "--images", photos, "--set", f"subjects.1.images={photos}"),
+        *("--set", "subjects.1.noun=cat", "--set", "subjects.1.token=qrs", "--dry-run"),
+        cwd=home,
+    )
+    assert found.returncode == 2
+    assert "several subjects" in found.stderr
 
 
 def test_sampling_a_strength_sweep(home: Path, tiny_sd: Path, trained) -> None:

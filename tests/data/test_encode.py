@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import gc
+import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +63,6 @@ def run(
     encoder_id: str = "vae",
     seed: int = 0,
     resolution_px: int = 32,
-    batch_size: int = 2,
 ) -> LatentIndex:
     return cache_latents(
         Store(tmp_path / "cache"),
@@ -71,7 +73,6 @@ def run(
         resolution_px=resolution_px,
         multiple_px=8,
         seed=seed,
-        batch_size=batch_size,
     )
 
 
@@ -120,21 +121,113 @@ def test_what_changed_is_computed_and_only_that(tmp_path: Path) -> None:
     assert counts(run(tmp_path, renamed)) == (0, 3)
 
 
-def test_every_photo_gets_its_own_latent_whatever_the_batching(tmp_path: Path) -> None:
+def test_every_photo_gets_its_own_latent_whatever_comes_beside_it(tmp_path: Path) -> None:
     records = make(tmp_path / "dog", 7, sizes=((32, 32), (32, 64), (64, 32), (32, 32)))
     images = ImagesSection(buckets=True, flip=True)
     encoder = Encoder()
-    batched = run(tmp_path / "a", records, encoder, images=images, batch_size=4)
-    alone = run(tmp_path / "b", records, images=images, batch_size=1)
+    together = run(tmp_path / "a", records, encoder, images=images)
     assert len({shape[1:] for shape in encoder.shapes}) == 3
-    assert max(shape[0] for shape in encoder.shapes) == 4
+    assert all(shape[0] == 1 for shape in encoder.shapes)
     for record in records:
-        assert len(batched.latents[record.path]) == 2
+        alone = run(tmp_path / "b", [record], images=images)
+        assert len(together.latents[record.path]) == 2
         for variant in (0, 1):
-            one, two = batched.of(record, variant), alone.of(record, variant)
+            one, two = together.of(record, variant), alone.of(record, variant)
             assert one.geometry == two.geometry
             assert one.geometry.flipped is bool(variant)
-            torch.testing.assert_close(one.moments.mean, two.moments.mean, rtol=1e-4, atol=1e-5)
+            assert torch.equal(one.moments.mean, two.moments.mean)
+            assert torch.equal(one.moments.std, two.moments.std)
+
+
+def mixing(pixels: Tensor) -> list[Moments]:
+    """What batched arithmetic does to the last bits, made large: all of a batch is in each result."""
+    mixed = pixels + pixels.mean()
+    return [Moments(each, each.abs()) for each in mixed]
+
+
+def mixing_text(prompts: Sequence[str]) -> list[Cond]:
+    return [{"tokens": torch.full((4,), float(len(prompt) + 100 * len(prompts)))} for prompt in prompts]
+
+
+def entries(tmp_path: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((tmp_path / "cache").rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("missing", [1, 3, 5, 9])
+@pytest.mark.parametrize("encode", [mixing, None])
+def test_an_entry_is_the_same_bytes_however_many_were_missing(
+    tmp_path: Path, missing: int, encode: object
+) -> None:
+    records = make(tmp_path / "dog", 9)
+    run(tmp_path, records, encode)
+    whole = entries(tmp_path)
+    for name in list(whole)[:missing]:
+        next((tmp_path / "cache").rglob(name)).unlink()
+    assert counts(run(tmp_path, records, encode)) == (missing, 9 - missing)
+    assert entries(tmp_path) == whole
+
+
+@pytest.mark.parametrize("missing", [1, 3, 20])
+def test_a_prompt_is_the_same_bytes_however_many_were_missing(tmp_path: Path, missing: int) -> None:
+    prompts = [f"{'very ' * number}good" for number in range(20)]
+    store = Store(tmp_path / "cache")
+    cache_texts(store, prompts, encode=mixing_text, encoder_id="clip")
+    whole = entries(tmp_path)
+    for name in list(whole)[:missing]:
+        next((tmp_path / "cache").rglob(name)).unlink()
+    cache_texts(store, prompts, encode=mixing_text, encoder_id="clip")
+    assert len(whole) == 20
+    assert entries(tmp_path) == whole
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lorabooth import durable
+from tests.data.test_encode import entries, make, mixing, run
+
+tmp_path, moment, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+seen = 0
+
+def kill_at(place):
+    global seen
+    seen += place == moment
+    if seen == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def encode(pixels):
+    kill_at("encoding")
+    return mixing(pixels)
+
+fsync = os.fsync
+
+def half_written(descriptor):
+    kill_at("writing")
+    fsync(descriptor)
+
+os.fsync = half_written
+run(tmp_path, make(tmp_path / "dog", 9), encode)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+@pytest.mark.parametrize("moment", ["encoding", "writing"])
+def test_killed_while_caching_and_resumed_is_uninterrupted(tmp_path: Path, moment: str) -> None:
+    records = make(tmp_path / "dog", 9)
+    before = 0
+    for number in (2, 5):  # killed, and killed again
+        script = [sys.executable, "-c", KILLED, str(tmp_path), moment, str(number)]
+        root = Path(__file__).parents[2]
+        assert subprocess.run(script, cwd=root, check=False).returncode == -signal.SIGKILL
+        assert before < len(entries(tmp_path)) < 9
+        before = len(entries(tmp_path))
+    assert bool(list((tmp_path / "cache").rglob(".*.tmp"))) is (moment == "writing")
+    resumed = run(tmp_path, records, mixing)
+    assert counts(resumed) == (9 - before, before)
+    whole = run(tmp_path / "other", records, mixing)
+    assert entries(tmp_path) == entries(tmp_path / "other")
+    for record in records:
+        assert torch.equal(resumed.of(record, 0).moments.mean, whole.of(record, 0).moments.mean)
 
 
 def test_random_crops_depend_on_seed_photo_and_variant_only(tmp_path: Path) -> None:
@@ -145,7 +238,7 @@ def test_random_crops_depend_on_seed_photo_and_variant_only(tmp_path: Path) -> N
         return [cut.geometry.crop_px for cut in index.latents[record.path]]
 
     one = run(tmp_path / "a", records, images=images)
-    two = run(tmp_path / "b", records[::-1], images=images, batch_size=3)
+    two = run(tmp_path / "b", records[::-1], images=images)
     other = run(tmp_path / "c", records, images=images, seed=1)
     assert [crops(one, r) for r in records] == [crops(two, r) for r in records]
     assert [crops(one, r) for r in records] != [crops(other, r) for r in records]
@@ -161,7 +254,7 @@ def test_a_flipped_variant_is_the_same_crop_mirrored(tmp_path: Path) -> None:
         seen.extend(pixels.clone())
         return [Moments(each[:1], each[:1].abs()) for each in pixels]
 
-    run(tmp_path, records, encode, images=ImagesSection(crop="random", flip=True), batch_size=3)
+    run(tmp_path, records, encode, images=ImagesSection(crop="random", flip=True))
     assert len(seen) == 8
     assert all(torch.equal(seen[i].flip(-1), seen[i + 1]) for i in range(0, 8, 2))
 
@@ -186,23 +279,27 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, records, failing)
-    assert counts(run(tmp_path, records)) == (1, 4)
+    assert counts(run(tmp_path, records)) == (3, 2)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_name_the_photo_and_are_not_kept(tmp_path: Path, bad: float) -> None:
-    records = make(tmp_path / "dog", 2)
+    records = make(tmp_path / "dog", 3)
+    seen: list[Tensor] = []
 
     def encode(pixels: Tensor) -> list[Moments]:
+        seen.extend(pixels)
         good = [Moments(each.clone(), each.abs()) for each in pixels]
-        good[1].mean[0, 0, 0] = bad
+        if len(seen) == 2:
+            good[0].mean[0, 0, 0] = bad
         return good
 
     with pytest.raises(TrainingError) as caught:
         run(tmp_path, records, encode)
     assert "1.png" in str(caught.value)
     assert "0.png" not in str(caught.value)
-    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
+    assert len(entries(tmp_path)) == 1  # the good one before it
+    assert counts(run(tmp_path, records)) == (2, 1)
 
 
 def test_a_photo_that_went_bad_is_named(tmp_path: Path) -> None:

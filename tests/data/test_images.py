@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 
 from lorabooth.data import images
 from lorabooth.data.images import bucket_for, check, fit, require_good, square_for, target_for, variants
+from lorabooth.data.photo import PhotoError
+from lorabooth.data.records import Skipped
 from lorabooth.errors import DataError, RecipeError
 from lorabooth.recipe import ImagesSection
 from lorabooth.rng import generator_for
@@ -46,6 +49,39 @@ def test_every_bad_file_is_named_in_one_error(tmp_path: Path) -> None:
         require_good(report)
     assert "4 of 5 photos" in str(caught.value)
     assert all(str(path) in str(caught.value) for path in reasons)
+
+
+def test_captions_and_other_files_are_in_the_same_report(tmp_path: Path) -> None:
+    good = save(tmp_path / "good.png", 64, 64)
+    report = check([good], resolution_px=64)
+    left_out = [Skipped(tmp_path / "x\n.md", "not a photo")]
+    require_good(report, skipped=left_out)
+    with pytest.raises(DataError) as caught:
+        require_good(
+            report, captions=[Skipped(tmp_path / "1\x1b.txt", "the caption is empty")], skipped=left_out
+        )
+    assert str(caught.value).splitlines() == [
+        "1 caption cannot be used:",
+        rf"  {tmp_path}/1\x1b.txt: the caption is empty",
+        "1 other file left out:",
+        rf"  {tmp_path}/x\n.md: not a photo",
+        "Mend a caption, or delete it to use the prompt.",
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+def test_photos_with_control_characters_in_their_names_are_shown_escaped(tmp_path: Path) -> None:
+    torn = record(tmp_path / "torn\n\x1b[2J.jpg")
+    torn.path.write_text("hello")
+    report = check([torn], resolution_px=64)
+    assert report.problems[0][0] == torn.path
+    with pytest.raises(DataError) as caught:
+        require_good(report)
+    with pytest.raises(PhotoError) as alone:
+        images.decode(torn.path)
+    for error in (caught, alone):
+        assert r"torn\n\x1b[2J.jpg: not an image" in str(error.value)
+        assert "\x1b" not in str(error.value)
 
 
 def test_a_good_report_passes_and_warns_of_small_photos(tmp_path: Path) -> None:

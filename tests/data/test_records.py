@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabooth.data.records import Scan, natural_key, read_caption, record_id, scan
+from lorabooth.data.records import (
+    MAX_CAPTION_BYTES,
+    CaptionError,
+    CaptionsError,
+    Scan,
+    natural_key,
+    read_caption,
+    record_id,
+    scan,
+)
 from lorabooth.errors import DataError
 from lorabooth.types import Record, Role
 
@@ -135,6 +144,73 @@ def test_all_bad_captions_are_named_in_one_error(tmp_path: Path) -> None:
     assert text.count("the caption is empty") == 2
     assert "delete it to use the prompt" in text
     assert len(look(tmp_path).records) == 3  # captions off: they are not read
+
+
+def test_bad_captions_come_with_the_folder_as_it_would_be_without_them(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "2.jpg", "x.md")
+    (tmp_path / "1.txt").write_text("a good one")
+    (tmp_path / "2.txt").write_text(" ")
+    with pytest.raises(CaptionsError) as caught:
+        look(tmp_path, captions=True)
+    assert [(skip.path.name, skip.reason) for skip in caught.value.problems] == [
+        ("2.txt", "the caption is empty")
+    ]
+    assert [record.caption for record in caught.value.scan.records] == ["a good one", "a photo of a sks dog"]
+    assert list(reasons(caught.value.scan)) == ["x.md"]
+
+
+def test_a_caption_has_a_largest_size(tmp_path: Path) -> None:
+    path = tmp_path / "1.txt"
+    path.write_bytes(b"a" * MAX_CAPTION_BYTES)
+    assert len(read_caption(path)) == MAX_CAPTION_BYTES
+    path.write_bytes(b"a" * (MAX_CAPTION_BYTES + 1))
+    with pytest.raises(CaptionError, match="larger than 64 KiB"):
+        read_caption(path)
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a hole: reading it all would take a TiB of memory
+    with pytest.raises(CaptionError, match="larger than 64 KiB"):
+        read_caption(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+def test_names_with_control_characters_are_shown_escaped_everywhere(tmp_path: Path) -> None:
+    folder = tmp_path / "in\x1b[1m"
+    touch(folder, "a\nb.jpg", "c\x1b.jpg", "d\x1b[2J.md")
+    (folder / "a\nb.txt").write_bytes(b"\xff")
+    with pytest.raises(CaptionsError) as caught:
+        look(folder, captions=True)
+    found = caught.value.scan
+    with pytest.raises(DataError) as absent:
+        look(folder / "no\x1b[1m")
+    with pytest.raises(DataError) as is_file:
+        look(folder / "a\nb.jpg")
+    (tmp_path / "\x07 empty").mkdir()
+    touch(tmp_path / "\x07 empty", "\x1b.md")
+    with pytest.raises(DataError) as no_photos:
+        look(tmp_path / "\x07 empty")
+    named = [record_id(record) for record in found.records]
+    assert named == [r"in\x1b[1m/a\nb.jpg", r"in\x1b[1m/c\x1b.jpg"]
+    for error in (caught, absent, is_file, no_photos):
+        assert "\x1b" not in str(error.value)
+        assert "\x07" not in str(error.value)
+    assert r"a\nb.txt: not a caption" in str(caught.value)
+    assert r"\x1b.md: not a photo" in str(no_photos.value)
+    assert r"d\x1b[2J.md: not a photo" in found.summary()
+    assert r"no caption file for c\x1b.jpg" in found.summary()
+    assert "\x1b" not in found.summary()
+    # The paths themselves stay as they are.
+    assert names(look(folder)) == ["a\nb.jpg", "c\x1b.jpg"]
+
+
+def test_a_folder_that_cannot_be_looked_at_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be opened: File name too long"):
+        look(tmp_path / ("a" * 300))
+    touch(tmp_path, "file.jpg")
+    with pytest.raises(DataError, match="no such folder"):
+        look(tmp_path / "file.jpg" / "inside")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(DataError, match="cannot be opened"):
+        look(tmp_path / "loop")
 
 
 def test_folders_that_cannot_serve(tmp_path: Path) -> None:

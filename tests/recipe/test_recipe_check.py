@@ -66,7 +66,7 @@ def test_all_errors_come_at_once_each_with_its_key() -> None:
         ("[adapter]\ntext_encoder = 1", "adapter.text_encoder: 1 is not allowed; must be true or false"),
         ("[optim]\nschedule = 'cosin'", 'must be "constant" or "cosine" or "linear"'),
         ("[run]\nsample_prompts = 'a'", "must be a list of texts"),
-        ("[run]\nsample_prompts = ['a', 3]", "run.sample_prompts: ['a', 3] is not allowed"),
+        ("[run]\nsample_prompts = ['a', 3]", 'run.sample_prompts: ["a", 3] is not allowed'),
         ("[run]\nsample_prompts = ['a', '{x}']", 'run.sample_prompts: entry 2: "{x}" has unknown {x}'),
         ("[run]\nseed = -1", "run.seed: -1 is not allowed"),
         ("[model]\nbase = ''", "model.base: is empty"),
@@ -121,6 +121,9 @@ def test_misspelt_subject_key_names_the_subject() -> None:
         ("[adapter]\ntext_encoder_rank = 4", "adapter.text_encoder_rank", "adapter.text_encoder is false"),
         ("[optim]\nsteps = 10\nwarmup_steps = 11", "optim.warmup_steps", "more than optim.steps = 10"),
         ('[model]\nfamily = "a\\nb"', "model.family", "line break"),
+        ("[run]\nsample_every = 5\nsample_count = 0", "run.sample_every", "run.sample_count = 0 draws no"),
+        ("[memory]\nprecision = 'fp32'\nbase_precision = 'bf16'", "memory.base_precision", '"bf16" rounds'),
+        ("[memory]\nprecision = 'fp32'\nbase_precision = 'fp16'", "memory.base_precision", '"fp16" rounds'),
     ],
 )
 def test_rules_that_join_keys(text: str, key: str, expected: str) -> None:
@@ -168,10 +171,19 @@ def test_a_rule_is_silent_about_keys_that_are_wrong_themselves() -> None:
 
 
 def test_what_is_unusual_but_fine() -> None:
-    recipe = loads(f"[prior]\nweight = 0\n[loss]\nsnr_gamma = 3\n[optim]\nlr = 1\n{SUBJECT}", "r.toml")
-    assert recipe.prior.weight == 0
+    recipe = loads(f"[loss]\nsnr_gamma = 3\n[optim]\nlr = 1\n{SUBJECT}", "r.toml")
     assert recipe.loss.snr_gamma == 3.0
     assert isinstance(recipe.optim.lr, float)
+    for text in (
+        "[prior]\nweight = 0",  # the other end of a sweep over the weight
+        "[prior]\nweight = 0\nmode = 'none'",
+        "[prior]\nweight = 0\nmode = 'distill'",
+        "[run]\nsample_every = 0\nsample_count = 0",
+        "[memory]\nprecision = 'bf16'\nbase_precision = 'fp16'",
+        "[memory]\nprecision = 'fp32'\nbase_precision = 'fp32'",
+        "[memory]\nbase_precision = 'bf16'",  # whether it fits is known where the device is
+    ):
+        loads(f"{text}\n{SUBJECT}", "r.toml")
 
 
 def test_check_of_a_recipe_made_in_python() -> None:
@@ -214,9 +226,16 @@ def test_every_error_names_its_key_and_no_other(values: dict[tuple[str, str], An
     except RecipeError as error:
         named = {line.strip().split(":")[0] for line in str(error).splitlines()[1:]}
         joined = {"prior.images", "optim.warmup_steps", "optim.text_encoder_lr", "adapter.text_encoder_rank"}
+        joined |= {"prior.weight", "run.sample_every", "memory.base_precision"}
         assert wrong - joined <= named <= wrong | joined
     else:
-        assert wrong <= {"prior.images", "optim.text_encoder_lr", "adapter.text_encoder_rank", "prior.mode"}
+        assert wrong <= {
+            "prior.images",
+            "optim.text_encoder_lr",
+            "adapter.text_encoder_rank",
+            "prior.mode",
+            "prior.weight",
+        }
         for (section, field), value in values.items():
             kept = getattr(getattr(recipe, section), field)
             assert type(kept) in (type(value), float, tuple)

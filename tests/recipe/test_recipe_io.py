@@ -218,6 +218,24 @@ def test_differences_are_empty_exactly_when_fingerprints_agree(recipe: Recipe) -
     assert fingerprint(recipe) != fingerprint(other)
 
 
+def test_differences_leave_out_what_is_ignored(recipe: Recipe) -> None:
+    two = with_overrides(recipe, ["subjects.1.images=/b", "subjects.1.noun=cat"])
+    other = with_overrides(
+        two, ["subjects.0.images=/x", "subjects.1.images=/y", "model.base=/z", "run.keep=1", "optim.lr=0.5"]
+    )
+    keys = ["model.base", "subjects[0].images", "subjects[1].images", "optim.lr"]
+    assert [key for key, _, _ in differences(two, other)] == keys
+    assert [key for key, _, _ in differences(two, other, ignore=["subjects[1].images"])] == [
+        "model.base",
+        "subjects[0].images",
+        "optim.lr",
+    ]
+    assert [key for key, _, _ in differences(two, other, ignore={"subjects.images", "optim.lr"})] == [
+        "model.base"
+    ]
+    assert [key for key, _, _ in differences(two, other, changeable=True, ignore=keys)] == ["run.keep"]
+
+
 def test_differences_in_the_number_of_subjects(recipe: Recipe) -> None:
     more = recipe.model_copy(update={"subjects": (*recipe.subjects, SubjectSection(images="b", noun="cat"))})
     assert ("subjects[1].noun", None, "cat") in differences(recipe, more)

@@ -13,6 +13,7 @@ import pytest
 
 import lorabooth
 from lorabooth.recipe import dump
+from lorabooth.training.folder import read_json
 from tests.training import runs
 
 STEPS = "optim.steps=60"
@@ -77,7 +78,9 @@ def test_a_signal_finishes_the_step_saves_and_exits_130(
     _, told = started.communicate(timeout=120)
     assert started.returncode == 130, told
     assert "goes on from here" in told
+    assert f"lorabooth train {tmp_path / 'run' / 'recipe.toml'}" in told
     assert "Traceback" not in told
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "interrupted"
     done = len(runs.metrics(tmp_path / "run"))
     assert _goes_on_to_the_same_end(tiny_sd, photos, tmp_path) == done, "a step was done twice or lost"
 
@@ -91,3 +94,129 @@ def test_a_second_process_is_refused(
     finally:
         started.kill()
         started.wait()
+
+
+# The real command; what is named is replaced by its own death (or by an interrupt) before it does anything.
+DIES = """
+import os, signal, sys
+import {module} as module
+kill = signal.Signals[sys.argv.pop(1)]
+before = module.{owner}{name}
+def dies(*args, **options):
+    if {when}:
+        os.kill(os.getpid(), kill)
+    return before(*args, **options)
+module.{owner}{name} = dies
+from lorabooth.cli.app import main
+main()
+"""
+PREVIEW = {
+    "module": "lorabooth.training.previews",
+    "owner": "Previews.",
+    "name": "draw",
+    "when": "args[1] == 4",
+}
+GRID = {
+    "module": "lorabooth.durable",
+    "owner": "",
+    "name": "replace",
+    "when": "args[0].name == 'grid.png' and args[0].parent.name == 'step-000004'",
+}
+RECIPE = {"module": "os", "owner": "", "name": "fsync", "when": "True"}
+CACHING = {"module": "lorabooth.training.caching", "owner": "", "name": "encode_examples", "when": "True"}
+LAST = {"module": "lorabooth.training.going_on", "owner": "", "name": "deliver", "when": "True"}
+
+
+def run_command(place: dict[str, str], sent: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DIES.format(**place), sent, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All that must be the same in a run that was never stopped: the adapter, the previews, checkpoints."""
+    kept = [out / "adapter.safetensors", *out.glob("samples/**/*"), *out.glob("checkpoints/**/*")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in kept if path.is_file()}
+
+
+@pytest.fixture
+def previewed(
+    tiny_sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, dict[str, bytes]]:
+    """A recipe with previews, and what its uninterrupted run leaves."""
+    monkeypatch.setenv("LORABOOTH_CACHE", str(tmp_path / "cache"))
+    recipe = runs.recipe(tiny_sd, photos, "run.sample_count=1", "run.sample_every=2")
+    path = tmp_path / "recipe.toml"
+    path.write_text(dump(recipe), encoding="utf-8")
+    whole = lorabooth.train(recipe, out=tmp_path / "whole")
+    found = contents(whole.out)
+    # What the loop remembers has the losses, and no clock.
+    return path, found
+
+
+@pytest.mark.parametrize("place", [PREVIEW, GRID, LAST], ids=["preview", "grid", "adapter"])
+def test_killed_between_a_checkpoint_and_what_follows_it(
+    previewed: tuple[Path, dict[str, bytes]], tmp_path: Path, place: dict[str, str]
+) -> None:
+    recipe, whole = previewed
+    out = tmp_path / "run"
+    command = ("train", recipe, "--out", out, "--quiet")
+    done = run_command(place, "SIGKILL", *command)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "samples/step-000004/grid.png" in whole
+    if place is not LAST:
+        assert not (out / "samples" / "step-000004" / "grid.png").exists()
+    assert read_json(out / "run.json")["status"] == "running"
+    resumed = lorabooth.train(lorabooth.Recipe.from_toml(out / "recipe.toml"))
+    assert resumed.resumed_from == (6 if place is LAST else 4)
+    assert contents(out) == whole
+    assert not [path for path in out.rglob(".*") if not path.name.startswith(".lock")]
+
+
+def test_killed_in_the_very_first_write_the_same_command_goes_on(
+    previewed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    recipe, whole = previewed
+    out = tmp_path / "run"
+    command = ("train", recipe, "--out", out, "--quiet")
+    in_recipe = {
+        **RECIPE,
+        "when": "os.path.exists(sys.argv[4]) and any('.recipe.toml' in n for n in os.listdir(sys.argv[4]))",
+    }
+    assert run_command(in_recipe, "SIGKILL", *command).returncode == -signal.SIGKILL
+    left = [path.name for path in out.iterdir() if path.name.startswith(".recipe.toml.")]
+    assert len(left) == 1, "killed elsewhere"
+    assert not (out / "recipe.toml").exists()
+    lorabooth.train(lorabooth.Recipe.from_toml(recipe), out=out)
+    assert contents(out) == whole
+    assert not (out / left[0]).exists()
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_before_the_steps_says_how_to_go_on(
+    previewed: tuple[Path, dict[str, bytes]], tmp_path: Path, sent: str
+) -> None:
+    recipe, whole = previewed
+    out = tmp_path / "run"
+    done = run_command(CACHING, sent, "train", recipe, "--out", out, "--quiet")
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.startswith("error: interrupted")
+    assert f"lorabooth train {out / 'recipe.toml'}" in done.stderr
+    assert read_json(out / "run.json")["status"] == "interrupted"
+    lorabooth.train(lorabooth.Recipe.from_toml(out / "recipe.toml"))
+    assert contents(out) == whole
+
+
+def test_an_interrupt_before_the_first_write_says_so_too(
+    previewed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    recipe, _ = previewed
+    loading = {"module": "lorabooth.training.run", "owner": "", "name": "open_setting", "when": "True"}
+    done = run_command(loading, "SIGINT", "train", recipe, "--out", tmp_path / "run", "--quiet")
+    assert done.returncode == 130, done.stderr
+    assert "same command again" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lorabooth
 from lorabooth.adapters import file as adapter_file
-from lorabooth.errors import RecipeError
+from lorabooth.errors import InterruptedRunError, RecipeError, TrainingError
 from lorabooth.evaluation.apply import load_adapter
 from lorabooth.families import registry, source
+from lorabooth.memory import apply
+from lorabooth.progress import Silent
+from lorabooth.training import run as run_module
 from tests.training import runs
 
 FILES = {"recipe.toml", "run.json", "metrics.jsonl", "adapter.safetensors", "report.html", "checkpoints"}
@@ -153,6 +162,228 @@ def test_the_runs_own_recipe_goes_on_with_it(tiny_sd: Path, photos: Path, tmp_pa
     own = lorabooth.Recipe.from_toml(first.out / "recipe.toml")
     assert lorabooth.train(own).finished_before
     assert own.model_copy(update={"run": first.recipe.run}) == first.recipe
+
+
+class Listener(Silent):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.warned: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+
+
+def heard(base: Path, photos: Path, out: Path, *overrides: str) -> tuple[lorabooth.RunResult, Listener]:
+    listener = Listener()
+    return lorabooth.train(runs.recipe(base, photos, *overrides), out=out, reporter=listener), listener
+
+
+def facts(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "run.json").read_text("utf-8"))
+    return found
+
+
+def test_going_on_and_being_done_are_said(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    _, new = heard(tiny_sd, photos, tmp_path / "run")
+    assert not any("going on" in line or "is done already" in line for line in new.said)
+    _, longer = heard(tiny_sd, photos, tmp_path / "run", "optim.steps=8", "run.keep=5")
+    assert "going on from step 6 of 8" in longer.said
+    assert "changed since the run began: optim.steps: 6 before, 8 now" in longer.said
+    assert "changed since the run began: run.keep: 2 before, 5 now" in longer.said
+    _, done = heard(tiny_sd, photos, tmp_path / "run", "optim.steps=8")
+    assert f"{tmp_path / 'run'} is done already: 8 steps." in done.said
+    assert "Nothing was changed." in done.said
+
+
+def test_timings_and_warnings_add_up_over_a_resumed_run(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, _ = heard(tiny_sd, photos, out)
+    before = facts(out)
+    before["warnings"] = ["the disk was slow"]
+    (out / "run.json").write_text(json.dumps(before), encoding="utf-8")
+    lorabooth.train(
+        lorabooth.Recipe.from_toml(out / "recipe.toml").model_copy(
+            update={"optim": first.recipe.optim.model_copy(update={"steps": 8})}
+        )
+    )
+    after = facts(out)
+    assert after["warnings"] == ["the disk was slow"]
+    assert after["resumed_from"] == [6]
+    assert after["steps_done"] == 8
+    for phase, seconds in before["timings_s"].items():
+        assert after["timings_s"][phase] > seconds, phase
+    chosen = {choice["key"] for choice in before["choices"]}
+    assert chosen
+    assert {choice["key"] for choice in after["choices"]} == chosen, "its own recipe has no auto left"
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "status"),
+    [
+        (KeyboardInterrupt(), InterruptedRunError, "interrupted"),
+        (TrainingError("no more"), TrainingError, "failed"),
+        (ZeroDivisionError(), ZeroDivisionError, "failed"),
+    ],
+)
+@pytest.mark.parametrize("where", ["cache_and_release", "run_steps"])
+def test_however_a_run_ends_it_is_written(
+    tiny_sd: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    raised: type[BaseException],
+    status: str,
+    where: str,
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        assert facts(tmp_path / "run")["status"] == "running"
+        raise error
+
+    monkeypatch.setattr(run_module, where, fail)
+    with pytest.raises(raised) as caught:
+        runs.train(tiny_sd, photos, tmp_path / "run")
+    assert facts(tmp_path / "run")["status"] == status
+    assert "class images" in facts(tmp_path / "run")["timings_s"]
+    if status == "interrupted":
+        assert f"lorabooth train {tmp_path / 'run' / 'recipe.toml'}" in str(caught.value)
+
+
+def test_what_a_killed_first_write_left_is_in_nobodys_way(
+    tiny_sd: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    litter = [
+        out / f".recipe.toml.{gone.pid}.tmp",
+        out / f".writable.{gone.pid}.tmp",
+        out / "samples" / "before" / f".grid.png.{gone.pid}.tmp",
+        out / "checkpoints" / f".x.{gone.pid}.tmp",
+        out / "checkpoints" / ".unfinished-step-000002-1" / "adapter.safetensors",
+    ]
+    litter[0].parent.mkdir()
+    litter[0].write_bytes(b"[mod")
+    litter[1].write_bytes(b"x")
+    beside = lorabooth.train(runs.recipe(tiny_sd, photos), out=out, dry_run=True, fresh=True)
+    assert beside.out == str(out), "a folder with nothing but litter is free"
+    runs.train(tiny_sd, photos, out, "optim.steps=2")
+    for path in litter[2:]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    alive = out / f".other.{os.getpid()}.tmp"
+    alive.write_bytes(b"somebody is writing this")
+    runs.train(tiny_sd, photos, out)
+    assert not [path for path in litter if path.exists()]
+    assert alive.exists()
+
+
+def test_an_adapter_that_was_deleted_comes_back(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    first = runs.train(tiny_sd, photos, tmp_path / "run")
+    whole = first.adapter.read_bytes()
+    first.adapter.unlink()
+    again, listener = heard(tiny_sd, photos, tmp_path / "run")
+    assert again.finished_before
+    assert first.adapter.read_bytes() == whole
+    assert any("was gone" in line for line in listener.said)
+
+
+def test_a_finished_run_without_checkpoints_is_never_trained_over(
+    tiny_sd: Path, photos: Path, tmp_path: Path
+) -> None:
+    first = runs.train(tiny_sd, photos, tmp_path / "run")
+    whole = first.adapter.read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert runs.train(tiny_sd, photos, tmp_path / "run").finished_before
+    with pytest.raises(RecipeError, match="its checkpoints are gone"):
+        runs.train(tiny_sd, photos, tmp_path / "run", "optim.steps=8")
+    assert first.adapter.read_bytes() == whole
+
+
+def test_a_run_that_fell_back_from_fp16_goes_on(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    base = tmp_path / "loud"
+    shutil.copytree(tiny_sd, base)
+    (weights,) = (base / "unet").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["conv_out.bias"] = tensors["conv_out.bias"] + 1e5  # more than fp16 can hold
+    save_file(tensors, weights, {"format": "pt"})
+    fp16 = ("memory.precision=fp16", "memory.base_precision=fp32")
+    _, told = heard(base, photos, tmp_path / "run", *fp16)
+    assert any("fp16 failed" in line for line in told.warned)
+    assert facts(tmp_path / "run")["precision"] == "bf16"
+    longer, told = heard(base, photos, tmp_path / "run", *fp16, "optim.steps=8")
+    assert longer.resumed_from == 6
+    assert not any("were computed in" in line for line in told.warned)
+    straight, _ = heard(base, photos, tmp_path / "straight", *fp16, "optim.steps=8")
+    assert longer.adapter.read_bytes() == straight.adapter.read_bytes()
+
+
+@pytest.mark.parametrize("first", ["fp16", "bf16"])
+def test_a_precision_that_does_not_work_any_more_is_named(
+    tiny_sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """As on another machine, or after an update: the loss scale of fp16 is of no use then."""
+    wanted = f"memory.precision={first}"
+    runs.train(tiny_sd, photos, tmp_path / "run", wanted)
+    attempt = apply._try
+
+    def only_fp32(loss: Any, trained: Any, candidate: apply.Precision, device: Any) -> str:
+        if candidate.compute != torch.float32:
+            return "not here"
+        return attempt(loss, trained, candidate, device)
+
+    monkeypatch.setattr(apply, "_try", only_fp32)
+    longer, told = heard(tiny_sd, photos, tmp_path / "run", wanted, "optim.steps=8")
+    assert longer.resumed_from == 6
+    assert any(
+        f"the first 6 steps were computed in {first}, the others will be in fp32" in line
+        for line in told.warned
+    )
+
+
+def test_previews_are_drawn_anew_if_their_grid_is_missing(
+    tiny_sd: Path, photos: Path, tmp_path: Path
+) -> None:
+    wanted = ("run.sample_count=1", "run.sample_every=3", "run.checkpoint_every=3", "run.keep=0")
+    runs.train(tiny_sd, photos, tmp_path / "whole", *wanted, "optim.steps=9")
+    runs.train(tiny_sd, photos, tmp_path / "run", *wanted)
+    (tmp_path / "run" / "samples" / "step-000006" / "grid.png").unlink()
+    runs.train(tiny_sd, photos, tmp_path / "run", *wanted, "optim.steps=9")
+    assert pictures(tmp_path / "run") == pictures(tmp_path / "whole")
+
+
+def pictures(out: Path) -> dict[str, bytes]:
+    root = out / "samples"
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_looks_at_the_folder(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    runs.train(tiny_sd, photos, out)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    with pytest.raises(RecipeError, match=r"adapter\.rank: 4 there, 8 now"):
+        lorabooth.train(runs.recipe(tiny_sd, photos, "adapter.rank=8"), out=out, dry_run=True)
+    listener = Listener()
+    plan = lorabooth.train(
+        runs.recipe(tiny_sd, photos, "optim.steps=8"), out=out, dry_run=True, reporter=listener
+    )
+    assert plan.out == str(out)
+    assert "going on from step 6 of 8" in listener.said
+    fresh = lorabooth.train(runs.recipe(tiny_sd, photos, "adapter.rank=8"), out=out, dry_run=True, fresh=True)
+    assert fresh.out == str(tmp_path / "run-2")
+    assert not (tmp_path / "run-2").exists()
+    assert before == {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def test_fresh_beside_a_file_is_beside_it(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    plan = lorabooth.train(runs.recipe(tiny_sd, photos), out=tmp_path / "run", dry_run=True, fresh=True)
+    assert plan.out == str(tmp_path / "run-2")
 
 
 def test_a_dry_run_writes_nothing(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lorabooth.errors import RecipeError, TrainingError
+from lorabooth.adapters import file as adapter_file
+from lorabooth.adapters.metadata import Metadata
+from lorabooth.errors import LoraboothError, RecipeError, TrainingError
 from lorabooth.progress import Silent
 from lorabooth.recipe import OptimSection
 from lorabooth.training import optim, state
@@ -355,3 +358,116 @@ def test_killed_at_random_moments_while_saving_and_rotating(tmp_path):
         # Rotation was killed too: what is listed is whole or gone.
         assert all(not state._problem(folder, step) for step, folder in state._listed(tmp_path))
         reached = found.step
+
+
+class RealWriter:
+    """The adapter writer that a run uses, which raises errors of our own."""
+
+    def __init__(self, number: float = 1.0) -> None:
+        self.tensors = {
+            "denoiser.down_blocks.0.attn.to_q.lora_A": torch.full((4, 8), number),
+            "denoiser.down_blocks.0.attn.to_q.lora_B": torch.zeros(8, 4),
+            "denoiser.down_blocks.0.attn.to_q.alpha": torch.tensor(4.0),
+        }
+
+    def __call__(self, path: Path) -> None:
+        adapter_file.write(path, self.tensors, Metadata(family="sd1", rank=4, alpha=4.0))
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_dead_adapter_stops_the_run_and_leaves_the_old_checkpoint_and_no_litter(tmp_path):
+    run = Run()
+    run.save(tmp_path, 1)
+    with pytest.raises(TrainingError, match=r"step 2 cannot be saved.*NaN or infinity") as caught:
+        state.save(tmp_path, step=2, adapter_writer=RealWriter(float("nan")), optimizer=run.optimizer)
+    assert caught.value.exit_code == 7
+    assert "optim.lr" in caught.value.fix
+    assert "step-000001" in caught.value.fix
+    assert checkpoints(tmp_path) == ["step-000001"]
+
+
+def test_the_message_does_not_promise_a_checkpoint_that_is_not_there(tmp_path):
+    run = Run()
+    with pytest.raises(TrainingError) as caught:
+        state.save(tmp_path, step=1, adapter_writer=RealWriter(float("inf")), optimizer=run.optimizer)
+    assert "no whole checkpoint yet" in caught.value.fix
+    assert checkpoints(tmp_path) == []
+    cut(run.save(tmp_path, 1).adapter)
+    with pytest.raises(TrainingError, match="step 2") as caught:
+        state.save(tmp_path, step=2, adapter_writer=RealWriter(float("inf")), optimizer=run.optimizer)
+    assert "no whole checkpoint yet" in caught.value.fix, "the torn one is none to go on from"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+def test_a_disk_error_in_the_real_adapter_writer_is_exit_7(tmp_path, monkeypatch, code):
+    run = Run()
+    run.save(tmp_path, 1)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(TrainingError, match=os.strerror(code)) as caught:
+        state.save(tmp_path, step=2, adapter_writer=RealWriter(), optimizer=run.optimizer)
+    monkeypatch.undo()
+    assert caught.value.exit_code == 7
+    assert ("Free some space on the disk" in caught.value.fix) == (code == errno.ENOSPC)
+    assert checkpoints(tmp_path) == ["step-000001"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_any_other_exception_leaves_no_litter_and_stays_what_it_is(tmp_path, error):
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        state.save(tmp_path, step=2, adapter_writer=fail, optimizer=Run().optimizer)
+    assert not isinstance(caught.value, LoraboothError)
+    assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_non_finite_optimizer_state_never_reaches_a_checkpoint(tmp_path, name):
+    run = Run(name)
+    run.train(0, 1)
+    run.save(tmp_path, 1)
+    moment = "absmax2" if name == "adamw8bit" else "exp_avg_sq"
+    run.optimizer.state[run.big][moment].view(-1)[3] = float("nan")
+    with pytest.raises(TrainingError, match=f"NaN or infinity in 1 of .* e.g. 0/.*{moment}") as caught:
+        run.save(tmp_path, 2)
+    assert caught.value.exit_code == 7
+    assert checkpoints(tmp_path) == ["step-000001"]
+
+
+def test_a_non_finite_fact_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="cannot be saved"):
+        Run().save(tmp_path, 1, scale=float("inf"))
+    assert checkpoints(tmp_path) == []
+
+
+def test_keeping_everything_reads_nothing(tmp_path, monkeypatch):
+    run = Run()
+    for step in (1, 2, 3):
+        run.save(tmp_path, step)
+
+    def read(path: Path) -> str:
+        raise AssertionError(f"{path} is read")
+
+    monkeypatch.setattr(state, "_sha256", read)
+    assert state.rotate(tmp_path, 0) == []
+    with pytest.raises(AssertionError, match="is read"):  # the test can fail
+        state.rotate(tmp_path, 1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_the_size_of_a_checkpoint_is_known_before_the_first_step(tmp_path, name):
+    run = Run(name, rank=40_000)
+    predicted = state.checkpoint_bytes(run.optimizer)
+    run.train(0, 1)
+    saved = run.save(tmp_path, 1)
+    written = sum(path.stat().st_size for path in saved.folder.iterdir())
+    assert written <= predicted < 1.2 * written
