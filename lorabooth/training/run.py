@@ -98,6 +98,7 @@ def run(
         folders.check(folder.root, setting.recipe, identity)
         if is_main:
             folders.sweep(folder)
+            state.sweep(folder.root)
         standing = going_on.find(folder, int(setting.recipe.optim.steps), reporter)
         going_on.tell(standing, reporter)
         if standing.finished:
@@ -105,6 +106,8 @@ def run(
         ledger = Ledger(folder, setting, clock, folders.read_json(folder.facts))
         if is_main:
             _begin(standing, setting.recipe, identity, ledger, reporter)
+            # Killed after its last save and before this, a run would keep one checkpoint too many for good.
+            _rotate(folder, setting.recipe.run.keep, reporter)
         with _ends_told(ledger, is_main=is_main):
             return _run_phases(standing, setting, ledger, studio, reporter)
 
