@@ -18,7 +18,6 @@ from typing import TypeAlias
 
 _COPY_BYTES = 32 << 20
 _BUFFER_BYTES = 4 << 20
-_SEND_BYTES = 256 << 20
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 
 ChunkFunction: TypeAlias = Callable[[memoryview, int], None]
@@ -74,13 +73,8 @@ def rewrite(
         # Copying first: what computes may still have a library to load.
         copies = [] if cloned else [_copy_job(inward, out, *part) for part in _between(spans, size)]
         jobs = [*copies, *(_span_job(inward, out, span) for span in sorted(spans, key=lambda one: one.begin))]
-        unsent = 0
         for done in _run(jobs, workers or min(4, os.cpu_count() or 1)):
             on_bytes(done)
-            unsent += done
-            if unsent > _SEND_BYTES:
-                unsent = 0
-                _send(out)
         if cloned:
             on_bytes(size - sum(span.end - span.begin for span in spans))
 
@@ -173,12 +167,6 @@ def _reserve(out: _Channel, size: int) -> None:
     """Claim the room, so that a full disk is noticed before anything is computed."""
     if hasattr(os, "posix_fallocate") and size:
         os.posix_fallocate(out.descriptor, 0, size)
-
-
-def _send(out: _Channel) -> None:
-    """Let the disk begin with what is written so far, so that the sync at the end is short."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(out.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class _Channel:

@@ -30,6 +30,7 @@ def test_a_forked_process_does_what_a_started_one_does(forked: Bench) -> None:
     assert not left_behind(forked.folder / "reference", forked.folder / "forked")
 
 
+@pytest.mark.slow
 def test_killed_at_changes_of_every_kind(forked: Bench, chance: random.Random) -> None:
     """Runs of three kills each, one of every kind in turn; which of a kind, and the rest, is drawn."""
     numbers = one_of_each(forked.changes, chance)
@@ -74,6 +75,7 @@ def test_killed_when_all_steps_are_done(forked: Bench, last: str, later: int) ->
     assert not faults({name: story})
 
 
+@pytest.mark.slow
 def test_real_processes_lose_no_more_than_since_the_last_checkpoint(
     bench: Bench, chance: random.Random
 ) -> None:
