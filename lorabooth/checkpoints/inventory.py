@@ -264,9 +264,7 @@ def _family(path: Path, files: tuple[WeightFile, ...], slots: Mapping[str, tuple
     widths = {
         found[0].shape[1]
         for name, found in slots.items()
-        if name.startswith("denoiser.")
-        and name.endswith(".attn2.to_k.weight")
-        and len(found[0].shape) == 2
+        if name.startswith("denoiser.") and name.endswith(".attn2.to_k.weight") and len(found[0].shape) == 2
     }
     if len(widths) == 1 and (known := _BY_CONTEXT_WIDTH.get(next(iter(widths)))):
         return known
