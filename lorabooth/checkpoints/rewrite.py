@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
+from lorabooth.checkpoints.writeback import writeback
+
 _COPY_BYTES = 32 << 20
 _BUFFER_BYTES = 4 << 20
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
@@ -73,29 +75,32 @@ def rewrite(
         # Copying first: what computes may still have a library to load.
         copies = [] if cloned else [_copy_job(inward, out, *part) for part in _between(spans, size)]
         jobs = [*copies, *(_span_job(inward, out, span) for span in sorted(spans, key=lambda one: one.begin))]
-        for done in _run(jobs, workers or min(4, os.cpu_count() or 1)):
-            on_bytes(done)
+        with writeback(out.descriptor) as send:
+            for job in _run(jobs, workers or min(4, os.cpu_count() or 1)):
+                send(job.begin, job.n_bytes)
+                on_bytes(job.n_bytes)
         if cloned:
             on_bytes(size - sum(span.end - span.begin for span in spans))
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
+    begin: int
     n_bytes: int
     work: Callable[[], None]
 
 
-def _run(jobs: Sequence[_Job], workers: int) -> Iterator[int]:
-    """Do the jobs on threads; yields the bytes of each that is done. The first failure ends all."""
+def _run(jobs: Sequence[_Job], workers: int) -> Iterator[_Job]:
+    """Do the jobs on threads; yields each that is done. The first failure ends all."""
     stop = threading.Event()
 
-    def guarded(job: _Job) -> int:
+    def guarded(job: _Job) -> _Job:
         if not stop.is_set():
             job.work()
-        return job.n_bytes
+        return job
 
     with ThreadPoolExecutor(workers, thread_name_prefix="rewrite") as pool:
-        futures: list[Future[int]] = [pool.submit(guarded, job) for job in jobs]
+        futures: list[Future[_Job]] = [pool.submit(guarded, job) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -114,11 +119,11 @@ def _span_job(inward: _Channel, out: _Channel, span: Span) -> _Job:
             change(chunk, begin - span.begin)
             out.write(begin, chunk)
 
-    return _Job(span.end - span.begin, work)
+    return _Job(span.begin, span.end - span.begin, work)
 
 
 def _copy_job(inward: _Channel, out: _Channel, begin: int, end: int) -> _Job:
-    return _Job(end - begin, lambda: _copy(inward, out, begin, end))
+    return _Job(begin, end - begin, lambda: _copy(inward, out, begin, end))
 
 
 def _between(spans: Sequence[Span], size: int) -> Iterator[tuple[int, int]]:

@@ -21,6 +21,7 @@ from lorabooth.data.photo import PhotoError, read
 from lorabooth.errors import TrainingError
 from lorabooth.progress import Reporter, Silent, Task
 from lorabooth.recipe import ImagesSection
+from lorabooth.recipe.rules import printable
 from lorabooth.rng import generator_for
 from lorabooth.types import Cond, Geometry, Moments, Record
 
@@ -225,7 +226,7 @@ def _encode(job: _Job, encode: Callable[[Tensor], list[Moments]]) -> CachedLaten
     (moments,) = encode(torch.stack([job.pixels]))
     own = Moments(_own(moments.mean).float(), _own(moments.std).float())
     if not (torch.isfinite(own.mean).all() and torch.isfinite(own.std).all()):
-        raise _not_finite("image encoder (VAE)", str(job.path))
+        raise _not_finite("image encoder (VAE)", printable(str(job.path)))
     return CachedLatent(own, job.geometry)
 
 

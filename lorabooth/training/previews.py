@@ -39,6 +39,7 @@ class Previews:
         folder: where they are written.
         adapter_off: context with the adapter switched off.
         reporter: hears of progress and failures.
+        whole: context in which the denoiser is whole; of a hollowed one the deep middle is loaded again.
     """
 
     family: Family
@@ -53,6 +54,7 @@ class Previews:
     folder: RunFolder
     adapter_off: Callable[[], AbstractContextManager[Any]]
     reporter: Reporter
+    whole: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def draw(self, step: int, *, adapter: bool = True) -> Path | None:
         """Draw all prompts with all seeds into samples/step-NNNNNN, with a grid.
@@ -67,7 +69,7 @@ class Previews:
         place = self.folder.step_samples(step) if adapter else self.folder.samples / "before"
         pairs = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         try:
-            with nullcontext() if adapter else self.adapter_off():
+            with self.whole(), nullcontext() if adapter else self.adapter_off():
                 images = self.studio.generate(
                     self.family.pipeline(self.complete()),
                     [prompt for prompt, _ in pairs],
@@ -88,7 +90,7 @@ class Previews:
     def _save(
         self, place: Path, pairs: Sequence[tuple[str, int]], images: Sequence[Image], title: str
     ) -> Path:
-        place.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(place)
         for index, ((prompt, seed), image) in enumerate(zip(pairs, images, strict=True)):
             facts = {"prompt": prompt, "seed": str(seed)}
             durable.replace(place / self.studio.file_name(prompt, seed, index), png(image, facts))
