@@ -19,6 +19,14 @@ settings.register_profile("lorabooth", deadline=None, derandomize=True)
 settings.load_profile("lorabooth")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share something made for their file run in one process, so that it is made once."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()  # pytest has no public way to ask
+        if any(defs[-1].scope == "module" for defs in fixtures if defs):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SD1-shaped folder, epsilon prediction."""
