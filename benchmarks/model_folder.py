@@ -1,8 +1,9 @@
-"""A randomly initialised Stable-Diffusion-shaped folder, photos and class images, for timing only."""
+"""Randomly initialised Stable-Diffusion-shaped folders, photos and class images, for timing only."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,19 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.published import configs
+
 CHANNELS = (128, 256, 416, 416)
 
 
-def make_sd_folder(folder: Path, *, resolution_px: int, seed: int = 0) -> int:
+def make_sd_folder(
+    folder: Path,
+    *,
+    resolution_px: int,
+    seed: int = 0,
+    channels: Sequence[int] = CHANNELS,
+    vae_channels: int = 64,
+) -> int:
     """Write the folder; SD1.5's structure at fewer channels, its VAE at half width.
 
     Returns:
@@ -23,13 +33,13 @@ def make_sd_folder(folder: Path, *, resolution_px: int, seed: int = 0) -> int:
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=resolution_px // 8,
-        block_out_channels=CHANNELS,
+        block_out_channels=tuple(channels),
         layers_per_block=1,
         cross_attention_dim=512,
         attention_head_dim=8,
     )
     vae = AutoencoderKL(
-        block_out_channels=(64, 128, 256, 256),
+        block_out_channels=tuple(vae_channels * factor for factor in (1, 2, 4, 4)),
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         layers_per_block=2,
@@ -58,6 +68,34 @@ def make_sd_folder(folder: Path, *, resolution_px: int, seed: int = 0) -> int:
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return sum(parameter.numel() for parameter in unet.parameters())
+
+
+def make_published_folder(folder: Path, name: str, *, dtype: torch.dtype, seed: int = 0) -> int:
+    """Write a folder of a published size with random weights: the true memory and speed without a download.
+
+    Args:
+        folder: made.
+        name: "sd15" or "sd21", see `published`.
+        dtype: that weights are written in.
+        seed: of the weights.
+
+    Returns:
+        The number of UNet parameters.
+    """
+    torch.manual_seed(seed)
+    found = configs(name)
+    unet = UNet2DConditionModel.from_config(found["unet"]).to(dtype)
+    StableDiffusionPipeline(
+        vae=AutoencoderKL.from_config(found["vae"]).to(dtype),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**found["text_encoder"])).to(dtype),
+        tokenizer=_tokenizer(folder / "tokenizer"),
+        unet=unet,
+        scheduler=PNDMScheduler.from_config(found["scheduler"]),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

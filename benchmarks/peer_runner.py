@@ -1,10 +1,11 @@
-"""Run diffusers' train_dreambooth_lora.py unchanged and write down when each of its steps ended.
+"""Run diffusers' train_dreambooth_lora.py unchanged and write down when its phases and steps ended.
 
 Usage: peer_runner.py PEER_SCRIPT TIMES_JSON [the peer's own arguments ...]
 
-The peer's progress bar is told of every optimizer step; its calls are timed. Where torchvision has no build
-for the installed torch (CPU machines), a stand-in of the five image transforms that the script names is put
-in its place, made of Pillow and torch: they run in the data loader, and are a small part of a step.
+The peer's progress bars are told of every optimizer step and of every batch of class images; they are
+timed. Where torchvision has no build for the installed torch (CPU machines), a stand-in of the five image
+transforms that the script names is put in its place, made of Pillow and torch: they run in the data loader,
+and are a small part of a step.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def _torchvision_stand_in() -> None:
 
 def main() -> None:
     """Run the peer under a timing progress bar."""
+    began_s = time.perf_counter()
     script, times_json = Path(sys.argv[1]), Path(sys.argv[2])
     import diffusers  # noqa: F401  (before the stand-in, so that it sees torchvision as it is)
     import transformers  # noqa: F401
@@ -96,8 +98,15 @@ def main() -> None:
     import tqdm.auto
 
     ended_s: list[float] = []
+    class_images_s: list[float] = []
 
     class TimedBar(tqdm.auto.tqdm):  # type: ignore[type-arg,misc]
+        def __iter__(self) -> Any:
+            began = time.perf_counter()
+            yield from super().__iter__()
+            if self.desc and self.desc.startswith("Generating class images"):
+                class_images_s.append(time.perf_counter() - began)
+
         def update(self, n: float | None = 1) -> bool | None:
             if self.desc and self.desc.startswith("Steps"):
                 ended_s.append(time.perf_counter())
@@ -110,6 +119,10 @@ def main() -> None:
     finally:
         facts = {
             "step_s": [b - a for a, b in itertools.pairwise(ended_s)],
+            "class_images_s": sum(class_images_s),
+            "training_s": ended_s[-1] - ended_s[0] if ended_s else None,
+            "total_s": time.perf_counter() - began_s,
+            "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "torchvision_stand_in": stand_in,
         }

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from lorabooth.adapters.inspection import Inspection
     from lorabooth.adapters.merge import MergeReport, Merging
     from lorabooth.adapters.resize_file import ResizeReport, resize_file
-    from lorabooth.api import RunResult, train
+    from lorabooth.api import RunResult, plan, train
     from lorabooth.errors import LoraboothError
     from lorabooth.evaluation.apply import AdapterHandle, load_adapter
     from lorabooth.evaluation.sample import SampleResult, sample
     from lorabooth.exchange import check, extract, merge
+    from lorabooth.planning.choose import MemoryPlan
     from lorabooth.progress import Reporter
     from lorabooth.recipe import Recipe
     from lorabooth.training.plan import Plan
@@ -35,6 +36,7 @@ __all__ = [
     "ExtractReport",
     "Inspection",
     "LoraboothError",
+    "MemoryPlan",
     "MergeReport",
     "Merging",
     "Plan",
@@ -51,6 +53,7 @@ __all__ = [
     "inspect_path",
     "load_adapter",
     "merge",
+    "plan",
     "resize_file",
     "sample",
     "train",
@@ -64,6 +67,7 @@ _HOME = {
     "ExtractReport": "adapters.extract",
     "Inspection": "adapters.inspection",
     "LoraboothError": "errors",
+    "MemoryPlan": "planning.choose",
     "MergeReport": "adapters.merge",
     "Merging": "adapters.merge",
     "Plan": "training.plan",
@@ -80,6 +84,7 @@ _HOME = {
     "inspect_path": "adapters.inspect",
     "load_adapter": "evaluation.apply",
     "merge": "exchange",
+    "plan": "api",
     "resize_file": "adapters.resize_file",
     "sample": "evaluation.sample",
     "train": "api",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
 
 from lorabooth.evaluation.generate import generate
 from lorabooth.evaluation.grids import draw_grid
@@ -14,9 +18,14 @@ from lorabooth.recipe import Recipe
 from lorabooth.run_report import write_run_report
 from lorabooth.training.dry_run import plan_run
 from lorabooth.training.plan import Plan
-from lorabooth.training.processes import process_state
-from lorabooth.training.run import run
+from lorabooth.training.planned import Planned
+from lorabooth.training.processes import process_state, together
+from lorabooth.training.ran_out import RanOutError
+from lorabooth.training.run import Outcome, run
 from lorabooth.training.studio import Studio
+
+if TYPE_CHECKING:
+    from lorabooth.planning.choose import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -95,10 +104,14 @@ def train(
     # Of several processes one speaks and writes.
     is_main = process_state().is_main_process
     say = reporter if reporter is not None and is_main else Silent()
+    planned: Planned | None = None
+    if recipe.memory.fit:
+        from lorabooth.planning.fit import fitted  # here, because most runs need no prediction
+
+        recipe, planned = together(partial(fitted, recipe, out=out, fresh=fresh, reporter=say))
     if dry_run:
         return plan_run(recipe, out=out, reporter=say, fresh=fresh)
-    studio = Studio(generate=generate, draw_grid=draw_grid, file_name=file_name)
-    outcome = run(recipe, out=out, studio=studio, reporter=say, fresh=fresh)
+    outcome = _run(recipe, out=out, reporter=say, fresh=fresh, planned=planned)
     folder = outcome.folder
     if is_main and not (outcome.finished_before and folder.report.is_file()):
         write_run_report(folder, outcome.recipe, outcome.steps)
@@ -113,3 +126,55 @@ def train(
         recipe=outcome.recipe,
         grid=outcome.grid,
     )
+
+
+def _run(
+    recipe: Recipe, *, out: Path | None, reporter: Reporter, fresh: bool, planned: Planned | None
+) -> Outcome:
+    """Run; where memory runs out, say what to try, or (memory.on_oom) go on with it.
+
+    Raises:
+        OutOfMemoryError: names the phase, the numbers and the next technique.
+    """
+    studio = Studio(generate=generate, draw_grid=draw_grid, file_name=file_name)
+    while True:
+        try:
+            return run(recipe, out=out, studio=studio, reporter=reporter, fresh=fresh, planned=planned)
+        except RanOutError as error:
+            shortage = error.shortage
+        # Only here, with the exception and its frames, is the failed run's memory free.
+        gc.collect()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        from lorabooth.planning.after import explained, stepped_down
+
+        if shortage.recipe.memory.on_oom == "stop":
+            raise explained(shortage)
+        recipe, planned, told = stepped_down(shortage, planned)
+        reporter.warn(told)
+        # The same run goes on, wherever it was.
+        out, fresh = shortage.folder.root, False
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    vram: str | None = None,
+    device: str | None = None,
+    reporter: Reporter | None = None,
+) -> MemoryPlan:
+    """What a run would need, and which techniques make it fit, from the base's configs alone.
+
+    Args:
+        recipe: keys of [memory] that it gives are kept.
+        vram: memory of a CUDA card that need not be here: "8GiB". None plans for `device`.
+        device: "cpu", or the number of a GPU of this machine; None is where a run would go.
+        reporter: hears of downloads (of configs).
+
+    Raises:
+        RecipeError: both `vram` and `device` are given, or one of them makes no sense.
+        BaseModelError: the base's configs cannot be had.
+    """
+    from lorabooth.planning.fit import plan_for
+
+    return plan_for(recipe, vram=vram, device=device, reporter=reporter or Silent())

@@ -5,6 +5,8 @@ An error's text is one message of three parts: what is wrong, where (file, key, 
 
 from __future__ import annotations
 
+import sys
+
 
 class LoraboothError(Exception):
     """Base of all errors shown to users as one message, without a traceback.
@@ -65,3 +67,20 @@ class InterruptedRunError(LoraboothError):
     """The user or the system asked the run to stop; its state is saved and it can go on."""
 
     exit_code = 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python or torch means that the device or the machine has too little memory."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # if it was never imported, it did not fail
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # torch has no exception class of its own for the CPU's and Apple's allocators.
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "MPS backend out of memory" in text
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]

@@ -132,4 +132,22 @@ def _headline(facts: Mapping[str, Any], folder: RunFolder) -> list[tuple[str, st
     classes: Mapping[str, Any] = facts.get("class_images", {})
     if classes:
         lines.append(("prior preservation", f"{classes['mode']}, {classes['images']} class images"))
+    if plan := facts.get("plan"):
+        lines.append(("memory plan", _plan_text(plan)))
+    for each in facts.get("stepped_down", []):
+        lines.append(("memory ran out", f"after step {each['step']}; then {each['technique']}"))
     return lines
+
+
+def _plan_text(plan: Mapping[str, Any]) -> str:
+    """What was chosen, predicted and measured: "checkpointing, 2 of 44 blocks; 3.6 GiB predicted ..."."""
+    chosen = "; ".join(each["name"] for each in plan["chosen"]) or "no technique needed"
+    planned, measured = plan["planned"], plan.get("measured", {}).get("allocated_bytes", {})
+    text = f"{chosen}; {_gib(planned['peak_bytes'])} predicted in {planned['peak_phase']}"
+    if "training" in measured:
+        text += f"; training took {_gib(measured['training'])}"
+    return text
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"

@@ -75,6 +75,35 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
+class FixedNoise:
+    """Noise and level of one example that comes from a fixed pool, on the CPU.
+
+    Attributes:
+        eps: [C,h,w] float32, standard normal.
+        level: [] timestep or time, as the path samples it.
+    """
+
+    eps: Tensor
+    level: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PoolTuple:
+    """One example of a fixed pool: what it is trained on, and what was computed for it before training.
+
+    Attributes:
+        latents: [C,h,w] float32, clean.
+        noise: its noise and level.
+        stored: "hollow" [C',h',w'], the frozen activation that enters a hollowed denoiser; "target" [C,h,w],
+            what the frozen base predicts.
+    """
+
+    latents: Tensor
+    noise: FixedNoise
+    stored: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Examples of one latent shape that go through the denoiser together.
 
@@ -87,6 +116,8 @@ class Batch:
         record_ids: B stable ids, for logs and diagnoses.
         positions: B positions of the examples within the optimizer step (0-based, over ranks and
             accumulation); noise and timesteps are functions of (seed, step, position).
+        fixed: B entries: noise and timestep of an example from a fixed pool, None for others; or empty.
+        taught: [B,C,h,w] stored predictions of the frozen base, zeros in the subject's rows; or None.
     """
 
     latents: Tensor
@@ -96,6 +127,8 @@ class Batch:
     is_instance: Tensor
     record_ids: tuple[str, ...]
     positions: tuple[int, ...]
+    fixed: tuple[FixedNoise | None, ...] = ()
+    taught: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

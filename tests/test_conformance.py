@@ -18,7 +18,7 @@ from lorabooth.adapters import file, inject
 from lorabooth.errors import LoraboothError
 from lorabooth.families import registry, source
 from lorabooth.families.base import Family, Parts
-from lorabooth.memory import apply, attention
+from lorabooth.memory import apply, attention, checkpoint, frozen, stream
 from lorabooth.objective.loss import per_example_error
 from lorabooth.types import Geometry
 
@@ -255,7 +255,13 @@ def test_tokens_give_what_prompts_give(case: Case, parts: Parts) -> None:
 @pytest.mark.parametrize(
     "technique",
     [
-        pytest.param(lambda parts: apply.enable_checkpointing(parts.denoiser), id="checkpointing"),
+        pytest.param(lambda parts: checkpoint.recompute(parts.denoiser), id="checkpointing"),
+        pytest.param(lambda parts: checkpoint.recompute(parts.denoiser, 3, offload=True), id="offload"),
+        pytest.param(lambda parts: frozen.keep_no_inputs(parts.denoiser), id="no inputs"),
+        pytest.param(
+            lambda parts: (stream.stream(parts.denoiser, "cpu"), checkpoint.recompute(parts.denoiser)),
+            id="stream",
+        ),
         pytest.param(lambda parts: apply.cast_base(parts.denoiser, torch.float32), id="cast"),
         pytest.param(lambda parts: attention.set_attention(parts.denoiser, "sdpa"), id="sdpa"),
     ],

@@ -1,4 +1,4 @@
-"""Low-rank layers in and out of live modules (LoRA, arXiv 2106.09685). The only file that imports peft.
+"""Low-rank layers in and out of live modules (LoRA, arXiv 2106.09685). Imports peft, as `lean_forward` does.
 
 An adapted module computes `W x + strength * (alpha / rank) * lora_B(lora_A(x))`; adapters of several names
 add up. Factors are float32 whatever the base's dtype. Nothing here reads or advances the global random state.
@@ -20,7 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from lorabooth import rng
-from lorabooth.adapters import formats, names, tree
+from lorabooth.adapters import formats, lean_forward, names, tree
 from lorabooth.adapters.tree import Components, attached_names
 from lorabooth.errors import AdapterError
 
@@ -304,6 +304,7 @@ def _inject(components: Components, plan: Mapping[str, Mapping[str, _Spec]], nam
             )
             layer.train(layer.get_base_layer().training)
             modules[f"{component}.{path}"] = layer
+        lean_forward.make_lean(model, name)
     return Attached(name, modules)
 
 

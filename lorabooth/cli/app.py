@@ -17,6 +17,7 @@ from lorabooth.cli import (
     extract,
     inspect,
     merge,
+    plan,
     pocket,
     resize,
     sample,
@@ -34,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("sample")(sample.sample)
 app.command("inspect")(inspect.inspect)
 app.command("check")(check.check)

@@ -15,7 +15,14 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from lorabooth.errors import InterruptedRunError, LoraboothError, OutOfMemoryError, RecipeError
+from lorabooth.errors import (
+    InterruptedRunError,
+    LoraboothError,
+    OutOfMemoryError,
+    RecipeError,
+    first_line,
+    is_out_of_memory,
+)
 from lorabooth.secrets import redact
 
 P = ParamSpec("P")
@@ -51,11 +58,11 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except (RuntimeError, MemoryError) as error:
-            if debugging() or not out_of_memory(error):
+            if debugging() or not is_out_of_memory(error):
                 raise
             _fail(
                 OutOfMemoryError(
-                    f"memory ran out: {_first_line(error)}",
+                    f"memory ran out: {first_line(error)}",
                     "Try, in this order: --set memory.checkpointing=true, --set optim.batch_size=1, "
                     "--set optim.name=adamw8bit, a smaller --set images.resolution.",
                 )
@@ -82,24 +89,12 @@ def debugging() -> bool:
     return os.environ.get(DEBUG_VARIABLE) == "1"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that the device or the machine has too little memory."""
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")  # if it was never imported, it did not fail
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    # torch has no exception class of its own for the CPU's and Apple's allocators.
-    text = str(error)
-    return "DefaultCPUAllocator" in text or "MPS backend out of memory" in text
-
-
 def report_defect(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
     """`sys.excepthook` of the command line: an unexpected exception in two lines, or all of it to debug."""
     if debugging():
         print(_traceback(error), file=sys.stderr, end="")
         return
-    text = redact(_first_line(error))
+    text = redact(first_line(error))
     print(f"error: {kind.__name__}{': ' if text else ''}{text}", file=sys.stderr)
     print(
         "This is a defect of lorabooth, not of your input. Please report it, with the traceback",
@@ -122,7 +117,3 @@ def _fail(error: LoraboothError) -> NoReturn:
 
 def _traceback(error: BaseException) -> str:
     return redact("".join(traceback.format_exception(error)))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]

@@ -13,10 +13,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lorabooth.data.cache import CachedLatent
 from lorabooth.data.encode import LatentIndex
 from lorabooth.data.records import record_id
 from lorabooth.rng import generator_for
-from lorabooth.types import Batch, Cond, Moments, Record, Role
+from lorabooth.types import Batch, Cond, Moments, PoolTuple, Record, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,40 @@ class Draw:
         variant: which cached cut of the photo.
         role: INSTANCE or CLASS.
         position: 0-based within the optimizer step, over ranks and accumulation; instance examples first.
+        slot: which tuple of the record's fixed pool; None without a pool.
     """
 
     record: int
     variant: int
     role: Role
     position: int
+    slot: int | None = None
 
 
 MicroBatch: TypeAlias = tuple[Draw, ...]
+Tuples: TypeAlias = Callable[[Draw], PoolTuple | None]
+"""A draw -> its tuple of a fixed pool; None where it has none."""
+
+
+class Orders:
+    """The permutations in use: a step costs the same whether a pool has ten records or ten thousand."""
+
+    def __init__(self) -> None:
+        self._latest: dict[Role, dict[tuple[int, int, int], list[int]]] = {}
+
+    def of(self, seed: int, role: Role, n_records: int, epoch: int) -> Sequence[int]:
+        """The order in which an epoch walks through a pool: a function of the arguments."""
+        key, known = (seed, n_records, epoch), self._latest.get(role, {})
+        order = known.get(key)
+        if order is None:
+            order = _permutation(n_records, generator_for(seed, 0, 0, f"order-{role}", epoch))
+            # A step may end one epoch and begin the next. A new table: another thread may read the old one.
+            self._latest[role] = {**dict(list(known.items())[-1:]), key: order}
+        return order
+
+
+def no_tuples(draw: Draw) -> None:
+    """There is no fixed pool: latents, noise and timesteps are drawn anew in every step."""
 
 
 def plan_step(
@@ -51,6 +77,10 @@ def plan_step(
     class_batch_size: int | None = None,
     variants: int = 1,
     class_variants: int = 1,
+    class_every: int = 1,
+    pool: int = 0,
+    class_pool: int = 0,
+    orders: Orders | None = None,
 ) -> tuple[tuple[MicroBatch, ...], ...]:
     """The examples of one optimizer step.
 
@@ -70,6 +100,12 @@ def plan_step(
             none, and none if there are no class records.
         variants: cuts of each instance photo.
         class_variants: cuts of each class photo.
+        class_every: class examples are only in steps 0, `class_every`, 2 `class_every` ...; multiply their
+            weight by it, and over as many steps the gradient's expectation is what it was (before clipping).
+        pool: tuples of each photo's fixed pool, walked as variants are; tuple i has cut i modulo `variants`.
+            0 is no pool.
+        class_pool: tuples of each class example's.
+        orders: remembers permutations from step to step.
 
     Returns:
         [rank][forward] -> its examples, instance ones first.
@@ -77,14 +113,29 @@ def plan_step(
     Raises:
         ValueError: a count is out of range.
     """
-    if min(n_instance, batch_size, accumulate, world, variants, class_variants) < 1 or min(step, n_class) < 0:
-        raise ValueError("counts start at 1; step and n_class at 0")
+    at_least_1 = (n_instance, batch_size, accumulate, world, variants, class_variants, class_every)
+    if min(at_least_1) < 1 or min(step, n_class, pool, class_pool) < 0:
+        raise ValueError("counts start at 1; step, n_class and pools at 0")
     per_class = batch_size if class_batch_size is None else class_batch_size
-    per_class = per_class if n_class else 0
+    turn_of_class, rest = divmod(step, class_every)
+    per_class = per_class if n_class and not rest else 0
     forwards = accumulate * world
     n_step = forwards * batch_size
-    instance = list(_walk(seed, step, Role.INSTANCE, n_instance, n_step, variants, 0))
-    prior = list(_walk(seed, step, Role.CLASS, n_class, forwards * per_class, class_variants, n_step))
+    orders = orders or Orders()
+    instance = list(_walk(seed, step, Role.INSTANCE, n_instance, n_step, variants, 0, pool, orders))
+    prior = list(
+        _walk(
+            seed,
+            turn_of_class,
+            Role.CLASS,
+            n_class,
+            forwards * per_class,
+            class_variants,
+            n_step,
+            class_pool,
+            orders,
+        )
+    )
 
     def forward(rank: int, turn: int) -> MicroBatch:
         slot = turn * world + rank
@@ -105,10 +156,12 @@ def assemble(
     prior_weight: float,
     seed: int,
     step: int,
+    tuples: Tuples = no_tuples,
 ) -> list[Batch]:
     """Batches of one forward's examples: one per latent shape, so a single one unless buckets are on.
 
-    A record brings its own photo and its own caption; nothing is paired by position.
+    Class examples go through the denoiser in the same forward as the subject's. A record brings its own photo
+    and its own caption; nothing is paired by position.
 
     Args:
         draws: of one rank and forward, from `plan_step`.
@@ -118,17 +171,18 @@ def assemble(
         latents: holds every record's photo.
         conds: caption -> unbatched conditioning, or tokens if the text encoder trains.
         collate: the family's.
-        prior_weight: lambda, weight of class examples.
+        prior_weight: weight of class examples: lambda, times `class_every`.
         seed: the run's.
         step: optimizer step.
+        tuples: the fixed pool's, if there is one.
     """
-    groups: dict[tuple[int, ...], list[tuple[Draw, Record]]] = {}
+    groups: dict[tuple[int, ...], list[_Found]] = {}
     for draw in draws:
         pool = instance_records if draw.role is Role.INSTANCE else class_records
         record = pool[draw.record]
-        shape = tuple(latents.of(record, draw.variant).moments.mean.shape)
-        groups.setdefault(shape, []).append((draw, record))
-    return [_batch(group, latents, conds, collate, prior_weight, seed, step) for group in groups.values()]
+        cached = latents.of(record, draw.variant)
+        groups.setdefault(tuple(cached.moments.mean.shape), []).append((draw, record, cached))
+    return [_batch(group, conds, collate, prior_weight, seed, step, tuples) for group in groups.values()]
 
 
 def sample_latents(moments: Moments, generator: torch.Generator) -> Tensor:
@@ -137,48 +191,83 @@ def sample_latents(moments: Moments, generator: torch.Generator) -> Tensor:
     return moments.mean + moments.std * noise
 
 
+_Found: TypeAlias = tuple[Draw, Record, CachedLatent]
+"""A draw, what it drew, and its latent."""
+
+
 def _batch(
-    group: Sequence[tuple[Draw, Record]],
-    latents: LatentIndex,
+    group: Sequence[_Found],
     conds: Mapping[str, Cond],
     collate: Callable[[Sequence[Cond]], Cond],
     prior_weight: float,
     seed: int,
     step: int,
+    tuples: Tuples,
 ) -> Batch:
-    cached = [latents.of(record, draw.variant) for draw, record in group]
+    cached = [latent for _, _, latent in group]
+    pooled = [tuples(draw) for draw, _, _ in group]
     drawn = [
         sample_latents(each.moments, generator_for(seed, step, 0, "latent", draw.position))
-        for each, (draw, _) in zip(cached, group, strict=True)
+        if known is None
+        else known.latents
+        for each, known, (draw, _, _) in zip(cached, pooled, group, strict=True)
     ]
-    is_instance = torch.tensor([draw.role is Role.INSTANCE for draw, _ in group])
+    is_instance = torch.tensor([draw.role is Role.INSTANCE for draw, _, _ in group])
     return Batch(
         latents=torch.stack(drawn),
-        cond=collate([conds[record.caption] for _, record in group]),
+        cond={**collate([conds[record.caption] for _, record, _ in group]), **_given(pooled)},
         geometry=tuple(each.geometry for each in cached),
         weight=torch.where(is_instance, 1.0, prior_weight),
         is_instance=is_instance,
-        record_ids=tuple(record_id(record) for _, record in group),
-        positions=tuple(draw.position for draw, _ in group),
+        record_ids=tuple(record_id(record) for _, record, _ in group),
+        positions=tuple(draw.position for draw, _, _ in group),
+        fixed=tuple(None if known is None else known.noise for known in pooled) if any(pooled) else (),
+        taught=_taught(pooled, drawn),
+    )
+
+
+def _given(pooled: Sequence[PoolTuple | None]) -> Cond:
+    """The frozen activations of a hollowed denoiser: conditioning like the text's."""
+    found = [known.stored["hollow"] for known in pooled if known is not None and "hollow" in known.stored]
+    return {"hollow": torch.stack(found)} if found else {}
+
+
+def _taught(pooled: Sequence[PoolTuple | None], latents: Sequence[Tensor]) -> Tensor | None:
+    """Stored predictions, zeros where there is none; None if there is none at all."""
+    found = [None if known is None else known.stored.get("target") for known in pooled]
+    known = next((target for target in found if target is not None), None)
+    if known is None:
+        return None
+    return torch.stack(
+        [
+            torch.zeros_like(own, dtype=known.dtype) if target is None else target
+            for target, own in zip(found, latents, strict=True)
+        ]
     )
 
 
 def _walk(
-    seed: int, step: int, role: Role, n_records: int, n_step: int, n_variants: int, first_position: int
+    seed: int,
+    step: int,
+    role: Role,
+    n_records: int,
+    n_step: int,
+    n_variants: int,
+    first_position: int,
+    pool: int,
+    orders: Orders,
 ) -> Iterator[Draw]:
-    """The `n_step` draws of a step from an endless walk through one pool."""
-    orders: dict[int, list[int]] = {}
+    """The `n_step` draws of a step from an endless walk through the records, and through what each has."""
+    n_turns = pool or n_variants
     for slot in range(n_step):
         epoch, place = divmod(step * n_step + slot, n_records)
-        if epoch not in orders:
-            orders[epoch] = _permutation(n_records, generator_for(seed, 0, 0, f"order-{role}", epoch))
-        record = orders[epoch][place]
-        variant = 0
-        if n_variants > 1:
-            turn, within = divmod(epoch, n_variants)
-            order = _permutation(n_variants, generator_for(seed, turn, 0, f"variant-{role}", record))
-            variant = order[within]
-        yield Draw(record, variant, role, first_position + slot)
+        record = orders.of(seed, role, n_records, epoch)[place]
+        chosen = 0
+        if n_turns > 1:
+            turn, within = divmod(epoch, n_turns)
+            order = _permutation(n_turns, generator_for(seed, turn, 0, f"variant-{role}", record))
+            chosen = order[within]
+        yield Draw(record, chosen % n_variants, role, first_position + slot, chosen if pool else None)
 
 
 def _permutation(count: int, generator: torch.Generator) -> list[int]:

@@ -90,6 +90,21 @@ def latents_key(
     return _key("latents", facts)
 
 
+def pool_key(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> str:
+    """Key of what a frozen denoiser makes of given inputs.
+
+    Args:
+        tensors: its inputs, on the CPU.
+        facts: what identifies the denoiser, how it is run and what is kept of it.
+    """
+    return _key("pool", {**facts, "inputs": _digest("", tensors)})
+
+
+def sampled_key(image_sha256: str) -> str:
+    """Key of the latent that an image was decoded from; `image_sha256` is the digest of its file's bytes."""
+    return _key("latents", {"image": image_sha256, "encoder": "sampler"})
+
+
 def text_key(prompt: str, encoder_id: str) -> str:
     """Key of one prompt's conditioning; `encoder_id` identifies tokenizers and text encoders."""
     return _key("text", {"prompt": prompt, "encoder": encoder_id})
@@ -136,6 +151,14 @@ class Store:
         """Keep one prompt's unbatched tensors (on the CPU, not sharing memory)."""
         _write(self.path("text", key), key, cond)
 
+    def tensors(self, kind: str, key: str, reporter: Reporter | None = None) -> dict[str, Tensor] | None:
+        """Tensors of an entry of any kind, or None if it is not in the store or not whole."""
+        return _read(self.path(kind, key), key, reporter or Silent())
+
+    def put_tensors(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors (on the CPU, not sharing memory)."""
+        _write(self.path(kind, key), key, tensors)
+
     def sweep(self) -> None:
         """Remove what killed processes left half written, class images included; living ones keep theirs."""
         for folder in sorted(self.root.glob("*/*")):
@@ -144,7 +167,7 @@ class Store:
                 durable.sweep_temporaries(folder)
 
     def path(self, kind: str, key: str) -> Path:
-        """Where an entry is; `kind` is "latents" or "text"."""
+        """Where an entry is; `kind` is "latents", "text" or "pool"."""
         return self.root / kind / key[:2] / f"{key}.safetensors"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorabooth.data.cache import CachedLatent, Store, latents_key, text_key
+from lorabooth.data.cache import CachedLatent, Store, latents_key, sampled_key, text_key
 from lorabooth.data.images import Variant, fit, target_for, variants
 from lorabooth.data.photo import PhotoError, read
 from lorabooth.errors import TrainingError
@@ -25,10 +25,36 @@ from lorabooth.recipe.rules import printable
 from lorabooth.rng import generator_for
 from lorabooth.types import Cond, Geometry, Moments, Record
 
+IN_MEMORY_BYTES = 16 * 2**20
+"""Latents of a call beyond this (some hundred) are read when they are drawn: memory does not grow."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLatent:
+    """A latent that stays in the store until it is drawn."""
+
+    store: Store
+    key: str
+
+    def load(self) -> CachedLatent:
+        """Read it.
+
+        Raises:
+            TrainingError: it is there no more.
+        """
+        latent = self.store.moments(self.key)
+        if latent is None:
+            where = self.store.path("latents", self.key)
+            raise TrainingError(
+                f"an encoded image is gone from the cache, or damaged: {where}",
+                "The same command encodes it again, and goes on from the last checkpoint.",
+            )
+        return latent
+
 
 @dataclass(frozen=True)
 class LatentIndex:
-    """All encoded photos of a run, in memory.
+    """All encoded photos of a run: the first in memory, the others where they are.
 
     Attributes:
         latents: by photo; one entry per variant.
@@ -36,13 +62,18 @@ class LatentIndex:
         reused: how many came from the store.
     """
 
-    latents: Mapping[Path, tuple[CachedLatent, ...]]
+    latents: Mapping[Path, tuple[CachedLatent | StoredLatent, ...]]
     computed: int
     reused: int
 
     def of(self, record: Record, variant: int) -> CachedLatent:
-        """The record's photo in one of its variants."""
-        return self.latents[record.path][variant]
+        """The record's photo in one of its variants.
+
+        Raises:
+            TrainingError: it is not in memory, and cannot be read any more.
+        """
+        found = self.latents[record.path][variant]
+        return found.load() if isinstance(found, StoredLatent) else found
 
     def joined(self, other: LatentIndex) -> LatentIndex:
         """Both; where they share a photo, the one with more variants."""
@@ -94,6 +125,12 @@ class _Cutting:
             seed=self.seed,
         )
 
+    def is_whole(self, geometry: Geometry) -> bool:
+        """Whether an image of this size is trained on as it is, in one variant."""
+        height_px, width_px = geometry.original_px
+        target_px = target_for(height_px, width_px, self.images, self.resolution_px, self.multiple_px)
+        return len(self.variants) == 1 and target_px == geometry.original_px == geometry.target_px
+
 
 def cache_latents(
     store: Store,
@@ -107,6 +144,8 @@ def cache_latents(
     seed: int,
     label: str = "Encoding photos",
     reporter: Reporter | None = None,
+    sampled: bool = False,
+    in_memory_bytes: int = IN_MEMORY_BYTES,
 ) -> LatentIndex:
     """Moments of every photo in every variant, from the store where it has them.
 
@@ -124,6 +163,9 @@ def cache_latents(
         seed: the run's.
         label: of the progress bar.
         reporter: progress and warnings; silent by default.
+        sampled: where the store has the latent that an image was decoded from (`sampled_key`), and the image
+            is trained on whole, that is taken: decoding and encoding it again would only lose.
+        in_memory_bytes: what the index holds in memory; the rest is read when it is drawn.
 
     Raises:
         PhotoError: a photo cannot be decoded (`images.check` finds these before models are loaded).
@@ -134,18 +176,17 @@ def cache_latents(
     say = reporter or Silent()
     cutting = _Cutting(images, resolution_px, multiple_px, seed, encoder_id, variants(images))
     paths = list(dict.fromkeys(record.path for record in records))
-    found: dict[Path, list[CachedLatent | None]] = {path: [None] * len(cutting.variants) for path in paths}
+    found = _Found(store, in_memory_bytes)
     total = len(paths) * len(cutting.variants)
     computed = 0
     with say.task(label, total, "photo") as task, torch.no_grad():
-        for job in _missing(store, paths, cutting, found, task, say):
+        for job in _missing(store, paths, cutting, found, task, say, sampled=sampled):
             latent = _encode(job, encode)
             store.put_moments(job.key, latent)
-            found[job.path][job.index] = latent
+            found.add(job.path, job.index, job.key, latent)
             computed += 1
             task.advance()
-    latents = {path: tuple(cut for cut in cuts if cut is not None) for path, cuts in found.items()}
-    return LatentIndex(latents, computed, total - computed)
+    return LatentIndex(found.index(), computed, total - computed)
 
 
 def cache_texts(
@@ -187,13 +228,32 @@ def cache_texts(
     return TextIndex({prompt: conds[prompt] for prompt in unique}, len(missing), len(unique) - len(missing))
 
 
+@dataclass
+class _Found:
+    """Latents by photo and variant; so many bytes of them in memory."""
+
+    store: Store
+    room_bytes: int
+    entries: dict[Path, dict[int, CachedLatent | StoredLatent]] = field(default_factory=dict)
+
+    def add(self, path: Path, variant: int, key: str, latent: CachedLatent) -> None:
+        self.room_bytes -= latent.moments.mean.nbytes + latent.moments.std.nbytes
+        held = latent if self.room_bytes >= 0 else StoredLatent(self.store, key)
+        self.entries.setdefault(path, {})[variant] = held
+
+    def index(self) -> dict[Path, tuple[CachedLatent | StoredLatent, ...]]:
+        return {path: tuple(cut for _, cut in sorted(cuts.items())) for path, cuts in self.entries.items()}
+
+
 def _missing(
     store: Store,
     paths: Sequence[Path],
     cutting: _Cutting,
-    found: dict[Path, list[CachedLatent | None]],
+    found: _Found,
     task: Task,
     reporter: Reporter,
+    *,
+    sampled: bool,
 ) -> Iterator[_Job]:
     """Fill `found` from the store; yield the rest, each photo decoded once and only if needed."""
     for path in paths:
@@ -203,8 +263,18 @@ def _missing(
             raise PhotoError(path, f"cannot be read: {error.strerror or error}") from error
         sha256 = hashlib.sha256(content).hexdigest()
         keys = [cutting.key(sha256, variant) for variant in cutting.variants]
-        found[path] = [store.moments(key, reporter) for key in keys]
-        lacking = [index for index, latent in enumerate(found[path]) if latent is None]
+        drawn = store.moments(sampled_key(sha256), reporter) if sampled else None
+        if drawn is not None and cutting.is_whole(drawn.geometry):
+            found.add(path, 0, sampled_key(sha256), drawn)
+            task.advance()
+            continue
+        lacking = []
+        for index, key in enumerate(keys):
+            latent = store.moments(key, reporter)
+            if latent is None:
+                lacking.append(index)
+            else:
+                found.add(path, index, key, latent)
         task.advance(len(keys) - len(lacking))
         if not lacking:
             continue

@@ -43,6 +43,8 @@ def generate(
     encoded: Mapping[str, Tensor] | None = None,
     reporter: Reporter | None = None,
     on_image: Callable[[int, Image], None] | None = None,
+    on_latent: Callable[[int, Tensor], None] | None = None,
+    on_smaller: Callable[[int], None] | None = None,
 ) -> list[Image]:
     """Draw one image per (prompt, seed) pair.
 
@@ -61,6 +63,8 @@ def generate(
             has left memory; None encodes with the pipeline's.
         reporter: hears of the progress.
         on_image: called with (index, image) as soon as an image is there.
+        on_latent: called before it with (index, latent [C,h,w] as the denoiser has it, float32 on the CPU).
+        on_smaller: called with the new number of images at once when memory has run out.
 
     Returns:
         RGB images in the order of the prompts. What came out non-finite is black.
@@ -94,10 +98,14 @@ def generate(
                     raise _too_little_memory(height_px, width_px)
                 size = max(1, min(size, len(prompts) - len(images)) // 2)
                 reporter.warn(f"Memory ran out while sampling; going on with {size} image(s) at once.")
+                if on_smaller:
+                    on_smaller(size)
                 continue
-            for image, finite in made:
+            for image, finite, latent in made:
                 if not finite:
                     reporter.warn(f'"{prompts[len(images)]}", seed {seeds[len(images)]}: the base drew NaN.')
+                if on_latent:
+                    on_latent(len(images), latent)
                 if on_image:
                     on_image(len(images), image)
                 images.append(image)
@@ -134,14 +142,16 @@ def _batch(
     seeds: Sequence[int],
     options: Mapping[str, Any],
     encoded: Mapping[str, Tensor] | None,
-) -> list[tuple[Image, bool]] | None:
-    """Images with "all finite", or None if memory ran out. Its frame, and all it holds, is gone on return."""
+) -> list[tuple[Image, bool, Tensor]] | None:
+    """Images with "all finite" and latents, or None if memory ran out. All that it held is gone on return."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     try:
         embeddings = _embed(pipeline, prompts, options["guidance_scale"] > 1, encoded)
         with _without_text_encoder(pipeline):
             latents = pipeline(**options, **embeddings, generator=generators, output_type="latent").images
-        return [_decode(pipeline, one) for one in latents.split(1)]
+        return [
+            (*_decode(pipeline, one), one[0].to("cpu", torch.float32, copy=True)) for one in latents.split(1)
+        ]
     except _PIPELINE_FAILURES as error:
         if _is_out_of_memory(error):
             return None

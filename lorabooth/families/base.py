@@ -115,6 +115,17 @@ class Family(Protocol):
         """
         ...
 
+    def skeleton(self, source: Source, dtype: torch.dtype) -> Parts:
+        """As `load`, from the configs alone: no weight file is looked at, and the weights mean nothing.
+
+        Among fake tensors (memory/meter_shapes.py) it costs no memory: what a prediction runs on. Tokenizers
+        are in it if their vocabulary is on this machine.
+
+        Raises:
+            BaseModelError: a config is missing or broken.
+        """
+        ...
+
     def load_vae(self, source: Source) -> nn.Module:
         """The VAE alone, frozen, on the CPU: to look at images after it was released."""
         ...

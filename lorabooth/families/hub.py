@@ -39,7 +39,9 @@ def network_errors() -> tuple[type[Exception], ...]:
     return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
 
 
-def get(repo: str, revision: str, online: bool, reporter: Reporter) -> tuple[Path, str]:
+def get(
+    repo: str, revision: str, online: bool, reporter: Reporter, *, configs_only: bool = False
+) -> tuple[Path, str]:
     """Folder and commit of a hub model; from the local cache where it has the commit.
 
     Args:
@@ -47,6 +49,7 @@ def get(repo: str, revision: str, online: bool, reporter: Reporter) -> tuple[Pat
         revision: branch, tag or commit; empty is the default branch.
         online: whether the hub may be asked.
         reporter: told of the download.
+        configs_only: no weights are needed; none are downloaded.
 
     Raises:
         BaseModelError: no such model or revision, gated, not safe, or not reachable and not cached.
@@ -55,7 +58,7 @@ def get(repo: str, revision: str, online: bool, reporter: Reporter) -> tuple[Pat
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if not online or _COMMIT.fullmatch(revision):
-        cached = _from_cache(repo, revision)
+        cached = _from_cache(repo, revision, configs_only)
         if cached is not None:
             return cached
         if not online:
@@ -64,7 +67,7 @@ def get(repo: str, revision: str, online: bool, reporter: Reporter) -> tuple[Pat
         info = HfApi(library_name="lorabooth").model_info(
             repo, revision=revision or None, files_metadata=True
         )
-        return _download(repo, info, reporter), str(info.sha)
+        return _download(repo, info, reporter, configs_only), str(info.sha)
     except GatedRepoError as error:
         raise BaseModelError(
             f"{repo}: this model is gated: its licence has to be accepted first.",
@@ -81,7 +84,7 @@ def get(repo: str, revision: str, online: bool, reporter: Reporter) -> tuple[Pat
             "Leave model.revision empty for the default.",
         ) from error
     except network_errors() as error:
-        cached = _from_cache(repo, revision)
+        cached = _from_cache(repo, revision, configs_only)
         if cached is None:
             raise _not_cached(
                 repo, revision, f"getting it failed: {type(error).__name__}: {str(error)[:120]}"
@@ -92,7 +95,7 @@ def get(repo: str, revision: str, online: bool, reporter: Reporter) -> tuple[Pat
         return cached
 
 
-def _from_cache(repo: str, revision: str) -> tuple[Path, str] | None:
+def _from_cache(repo: str, revision: str, configs_only: bool) -> tuple[Path, str] | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -100,13 +103,14 @@ def _from_cache(repo: str, revision: str) -> tuple[Path, str] | None:
         folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    # A snapshot folder may hold only a tokenizer that some other program wanted.
-    if not (folder / "model_index.json").is_file():
+    # A snapshot folder may hold only a tokenizer that some other program wanted, or the configs of a plan.
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    if "model_index.json" not in names or not (configs_only or needed_files(names)):
         return None
     return folder, folder.name
 
 
-def _download(repo: str, info: ModelInfo, reporter: Reporter) -> Path:
+def _download(repo: str, info: ModelInfo, reporter: Reporter, configs_only: bool) -> Path:
     """Get the files that are needed, and no others, into the hub cache: configs, tokenizer, safetensors."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.utils.tqdm import (
@@ -127,6 +131,8 @@ def _download(repo: str, info: ModelInfo, reporter: Reporter) -> Path:
                 "Give one with a model_index.json, or download its .safetensors checkpoint and give that.",
             )
         )
+    if configs_only:
+        wanted = [name for name in wanted if _CONFIG_FILES.fullmatch(name)]
     shown = are_progress_bars_disabled()
     disable_progress_bars()
     total_mib = max(1, sum(sizes[name] for name in wanted) >> 20)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lorabooth.errors import BaseModelError
 from lorabooth.families.base import Defaults, Parts, Source
 from lorabooth.families.quiet import quiet_libraries
-from lorabooth.families.sd_load import config_of, load_parts, load_vae
+from lorabooth.families.sd_load import config_of, load_parts, load_vae, skeleton_parts
 from lorabooth.types import Cond, Geometry, Moments
 
 if TYPE_CHECKING:
@@ -87,6 +87,14 @@ class StableDiffusion:
             BaseModelError: a component is missing, broken or of another kind.
         """
         return load_parts(source, self.name, dtype)
+
+    def skeleton(self, source: Source, dtype: torch.dtype) -> Parts:
+        """All components from their configs alone; as `load` gives them, but their weights mean nothing.
+
+        Raises:
+            BaseModelError: a config is missing or broken.
+        """
+        return skeleton_parts(source, self.name, dtype)
 
     def load_vae(self, source: Source) -> nn.Module:
         """The VAE alone, frozen, float32, on the CPU: to look at images after it was released."""

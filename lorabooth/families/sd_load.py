@@ -12,6 +12,7 @@ from lorabooth.families import single_file
 from lorabooth.families.base import Parts, Source
 from lorabooth.families.folder import component_config, component_weights
 from lorabooth.families.quiet import quiet_libraries
+from lorabooth.memory.apply import cast_base
 
 if TYPE_CHECKING:
     import torch
@@ -48,15 +49,62 @@ def load_parts(source: Source, family: str, dtype: torch.dtype) -> Parts:
     if source.path.is_file() and family == "sd2" and single_file.beside_folder(source.path) is None:
         scheduler, notes = _told_by_probe(scheduler, unet, text_encoder, tokenizer)
     limit = min(int(tokenizer.model_max_length), int(text_encoder.config.max_position_embeddings))
+    return _parts(source, dtype, tokenizer, text_encoder, vae, unet, scheduler, limit, notes)
+
+
+def skeleton_parts(source: Source, family: str, dtype: torch.dtype) -> Parts:
+    """All components from their configs alone, with weights that mean nothing; no weight file is looked at.
+
+    Made among fake tensors it costs no memory. As `load_parts` gives them: frozen, VAE in float32. Without
+    a vocabulary on this machine there is no tokenizer in it.
+
+    Args:
+        source: a diffusers folder (configs are enough) or an LDM single file.
+        family: "sd1" or "sd2".
+        dtype: of the UNet's and the text encoder's weights.
+
+    Raises:
+        BaseModelError: a config is missing or broken.
+    """
+    scheduler = config_of(source, family, "scheduler")
+    with quiet_libraries(), _broken_parts(source):
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        unet: Any = UNet2DConditionModel.from_config(config_of(source, family, "unet"))
+        vae: Any = AutoencoderKL.from_config(config_of(source, family, "vae"))
+        text_encoder: Any = CLIPTextModel(CLIPTextConfig.from_dict(config_of(source, family, "text_encoder")))
+        tokenizer = _vocabulary(source)
+    _freeze(text_encoder, unet, vae)
+    for module in (unet, text_encoder):
+        cast_base(module, dtype)
+    _open_door(vae)
+    limit = int(text_encoder.config.max_position_embeddings)
+    limit = limit if tokenizer is None else min(int(tokenizer.model_max_length), limit)
+    notes = ("built from configs alone: its weights mean nothing",)
+    return _parts(source, dtype, tokenizer, text_encoder, vae, unet, scheduler, limit, notes)
+
+
+def _parts(
+    source: Source,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    text_encoder: Any,
+    vae: Any,
+    unet: Any,
+    scheduler: dict[str, Any],
+    max_tokens: int,
+    notes: tuple[str, ...],
+) -> Parts:
     extras = {
         "vae_factor": 2 ** (len(vae.config.block_out_channels) - 1),
-        "max_tokens": limit,
+        "max_tokens": max_tokens,
         "use_attention_mask": bool(getattr(text_encoder.config, "use_attention_mask", False)),
         "notes": notes,
     }
     return Parts(
         source=source,
-        tokenizers=MappingProxyType({"tokenizer": tokenizer}),
+        tokenizers=MappingProxyType({} if tokenizer is None else {"tokenizer": tokenizer}),
         text_encoders=MappingProxyType({"text_encoder": text_encoder}),
         vae=vae,
         denoiser=unet,
@@ -64,6 +112,20 @@ def load_parts(source: Source, family: str, dtype: torch.dtype) -> Parts:
         dtype=dtype,
         extras=MappingProxyType(extras),
     )
+
+
+def _vocabulary(source: Source) -> Any:
+    """The tokenizer if its vocabulary is on this machine, or None."""
+    from transformers import CLIPTokenizer
+
+    if source.path.is_file():
+        folder = single_file.find_vocabulary(source.path)
+    else:
+        folder = source.path / "tokenizer"
+        folder = (
+            folder if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")) else None
+        )
+    return None if folder is None else CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load_vae(source: Source, family: str) -> nn.Module:
@@ -85,9 +147,7 @@ def load_vae(source: Source, family: str) -> nn.Module:
                 source.path / "vae", torch_dtype=torch.float32, **_how(source, "vae")
             )
     _freeze(vae)
-    # Half-precision latents of a sampling pipeline enter a float32 VAE: cast at its door, once, here.
-    door = getattr(vae, "post_quant_conv", None) or vae.decoder.conv_in
-    door.register_forward_pre_hook(_to_weight_dtype)
+    _open_door(vae)
     module: nn.Module = vae
     return module
 
@@ -192,6 +252,12 @@ def _check_fit(source: Source, tokenizer: Any, text_encoder: Any, unet: Any) -> 
             f"{source.path}: the tokenizer has {len(tokenizer)} tokens, the text encoder only {rows}.",
             "The tokenizer belongs to another model.",
         )
+
+
+def _open_door(vae: Any) -> None:
+    """Half-precision latents of a sampling pipeline enter a float32 VAE: cast at its door, once, here."""
+    door = getattr(vae, "post_quant_conv", None) or vae.decoder.conv_in
+    door.register_forward_pre_hook(_to_weight_dtype)
 
 
 def _freeze(*modules: Any) -> None:

@@ -56,7 +56,12 @@ def resolve(
 
 
 def locate(
-    base: str, *, revision: str = "", allow_download: bool = True, reporter: Reporter | None = None
+    base: str,
+    *,
+    revision: str = "",
+    allow_download: bool = True,
+    reporter: Reporter | None = None,
+    configs_only: bool = False,
 ) -> tuple[Path, str]:
     """Where a base model's files are, of whatever family, and the hub commit ("" for local ones).
 
@@ -65,6 +70,7 @@ def locate(
         revision: hub branch, tag or commit; empty is the default branch.
         allow_download: False uses only what is on this machine.
         reporter: told of downloads.
+        configs_only: weights need not be there; none are downloaded.
 
     Raises:
         BaseModelError: absent, unsafe, or not to be had.
@@ -86,7 +92,8 @@ def locate(
         raise pickle_error(path)
     if not _HUB_ID.fullmatch(base):
         raise _not_there(path)
-    return hub.get(base, revision, allow_download and not hub.is_offline(), reporter or Silent())
+    online = allow_download and not hub.is_offline()
+    return hub.get(base, revision, online, reporter or Silent(), configs_only=configs_only)
 
 
 def weights_digest(source: Source, component: str = "unet") -> str:

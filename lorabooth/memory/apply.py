@@ -1,4 +1,4 @@
-"""Precision, attention kernel, checkpointing: applied to a denoiser, and proven before they are relied on."""
+"""Precision and checkpointing: applied to a base, and proven before they are relied on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorabooth.errors import RecipeError, TrainingError
+from lorabooth.memory.frozen import stored_names
+from lorabooth.memory.quantise import KINDS
 from lorabooth.progress import Reporter, Silent
 from lorabooth.recipe import MemorySection
 
@@ -29,13 +31,20 @@ class Precision:
 
     Attributes:
         compute: dtype of autocast; float32 is no autocast.
-        base: dtype that the frozen denoiser is held in.
+        base: dtype that the frozen denoiser is held in, but for the layers that are stored in few bits.
         reason: why, in a few words, for the run's summary.
+        storage: how those are stored, one of `quantise.KINDS`; "" if there are none.
     """
 
     compute: torch.dtype
     base: torch.dtype
     reason: str
+    storage: str = ""
+
+    @property
+    def base_name(self) -> str:
+        """What the base is held in, as a recipe says it."""
+        return self.storage or NAMES[self.base]
 
     @property
     def scaled(self) -> bool:
@@ -56,36 +65,79 @@ class Precision:
 def precision(memory: MemorySection, device: torch.device | str) -> Precision:
     """The number formats that a recipe asks for; "auto" becomes what the device is good at.
 
-    CUDA: bf16 where it is native, else fp16. CPU and Apple GPUs: fp32.
+    CUDA: bf16 where it is native, else fp16. CPU and Apple GPUs: fp32, or bf16 with a base in few bits.
 
     Raises:
         RecipeError: the frozen base would be coarser than the arithmetic on it.
     """
     place = torch.device(device)
     reason = "as the recipe says"
+    storage = memory.base_precision if memory.base_precision in KINDS else ""
     if memory.precision == "auto":
         compute, reason = _best(place)
+        if storage and compute == torch.float32:
+            compute, reason = torch.bfloat16, f"as exact as a base in {storage} needs"
     else:
         compute = DTYPES[memory.precision]
-    base = compute if memory.base_precision == "auto" else DTYPES[memory.base_precision]
-    if compute == torch.float32 and base != torch.float32:
+    base = compute if storage or memory.base_precision == "auto" else DTYPES[memory.base_precision]
+    if compute == torch.float32 and (storage or base != torch.float32):
+        wanted = "bf16" if storage else NAMES[base]
         raise RecipeError(
-            f'memory.base_precision = "{NAMES[base]}" does not go with memory.precision = "fp32": '
+            f'memory.base_precision = "{memory.base_precision}" does not go with memory.precision = "fp32": '
             "weights would be rounded and nothing computed faster.",
-            f'Set memory.precision = "{NAMES[base]}", or memory.base_precision = "fp32".',
+            f'Set memory.precision = "{wanted}", or memory.base_precision = "fp32".',
         )
-    return Precision(compute, base, reason)
+    return Precision(compute, base, reason, storage)
 
 
 def cast_base(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the frozen weights and buffers in `dtype`, in place; whatever trains keeps its float32."""
+    """Hold the frozen weights and buffers in `dtype`, in place.
+
+    Whatever trains keeps its float32, and what is stored in few bits stays as it is.
+    """
+    for module, name, tensor in _plain_tensors(denoiser):
+        if tensor.dtype != dtype:
+            _set(module, name, tensor, tensor.detach().to(dtype))
+
+
+def restore_base(denoiser: nn.Module, fresh: nn.Module) -> None:
+    """Give a denoiser the frozen weights and buffers of a freshly loaded one again, in their dtype, in place.
+
+    Args:
+        denoiser: may carry an adapter, which stays, and layers in few bits, which stay; may lack parts.
+        fresh: the same base's, without an adapter; its tensors are taken over.
+    """
+    originals = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
+    paths = {module: path for path, module in denoiser.named_modules()}
+    for module, name, tensor in _plain_tensors(denoiser):
+        # What is inside an adapted layer is known to the base by the layer's own name.
+        original = originals.get(f"{paths[module]}.{name}".replace(".base_layer.", ".").lstrip("."))
+        if original is not None and original.shape == tensor.shape:
+            _set(module, name, tensor, original.detach().to(tensor.device))
+
+
+def _plain_tensors(denoiser: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """(module, name, tensor) of all frozen floating-point tensors that are not part of a few-bits format."""
+    found = []
     for module in denoiser.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                setattr(module, name, buffer.to(dtype))
+        stored = stored_names(module)
+        held = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        found += [
+            (module, name, tensor)
+            for name, tensor in held
+            if tensor.is_floating_point() and not tensor.requires_grad and name not in stored
+        ]
+    return found
+
+
+def _set(module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
+    """Exchange a tensor's data; page-locked memory stays that."""
+    if torch.cuda.is_available() and old.is_pinned():
+        new = new.pin_memory()
+    if isinstance(old, nn.Parameter):
+        old.data = new
+    else:
+        setattr(module, name, new)
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -117,6 +169,7 @@ def probe(
     denoiser: nn.Module,
     wanted: Precision,
     device: torch.device | str,
+    reload: Callable[[torch.dtype], nn.Module],
     reporter: Reporter | None = None,
 ) -> Precision:
     """Prove a precision by one small forward and backward pass; where it fails, take the next one and say so.
@@ -130,6 +183,9 @@ def probe(
         denoiser: cast in place by `cast_base`.
         wanted: what to try first.
         device: where it runs.
+        reload: loads the base's denoiser anew in a dtype. Called when a step down wants weights that the one
+            before has rounded, or made infinite (float16 ends at 65504): so nothing is kept twice where all
+            is well.
         reporter: told of every step down.
 
     Returns:
@@ -155,6 +211,8 @@ def probe(
         say.warn(f"Precision: {reason}; going on in {NAMES[following]}.")
         base = following if candidate.base == candidate.compute else candidate.base
         base = torch.float32 if following == torch.float32 else base
+        if base != candidate.base:
+            restore_base(denoiser, reload(base))
         candidate = replace(candidate, compute=following, base=base, reason=reason)
 
 

@@ -12,11 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from lorabooth.errors import TrainingError
 from lorabooth.progress import Reporter, Silent
 
 _TOKENS = 64
+# torch's kernels by the names used here, in the order in which they are tried where torch's choice is wrong.
+_BACKENDS = MappingProxyType(
+    {
+        "flash": "FLASH_ATTENTION",
+        "cudnn": "CUDNN_ATTENTION",
+        "mem_efficient": "EFFICIENT_ATTENTION",
+        "math": "MATH",
+    }
+)
 # Largest |difference| to float32 reference attention on unit-normal inputs that rounding explains.
 _TOLERANCE = MappingProxyType({torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2})
 
@@ -43,10 +55,13 @@ class AttentionChoice:
     Attributes:
         name: "sdpa" or "xformers".
         reason: why, in a few words.
+        kernels: of sdpa, those in use at the denoiser's head sizes: "flash", "mem_efficient", "cudnn" or
+            "math"; empty where nothing can be tried (shapes).
     """
 
     name: str
     reason: str
+    kernels: tuple[str, ...] = ()
 
 
 def head_sizes(denoiser: nn.Module) -> tuple[int, ...]:
@@ -77,25 +92,112 @@ def set_attention(
         reporter: told what is in use; warned, with the reason, when xformers cannot be used.
     """
     say = reporter or Silent()
-    reason = "torch's own kernels"
+    weight = next(denoiser.parameters())
+    dtype, sizes, place = dtype or weight.dtype, head_sizes(denoiser), torch.device(device or weight.device)
+    if isinstance(weight, FakeTensor):
+        _use_sdpa(denoiser, None)
+        return AttentionChoice("sdpa", "shapes have no numbers to prove it with")
+    reason = ""
     if kind == "xformers":
-        weight = next(denoiser.parameters())
-        dtype, sizes = dtype or weight.dtype, head_sizes(denoiser)
-        problem = xformers_problem(sizes, dtype, device or weight.device)
+        problem = xformers_problem(sizes, dtype, place)
         if not problem:
             denoiser.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
-            proven = (
-                f"proven forward and backward at head sizes {', '.join(map(str, sizes))} in {_short(dtype)}"
-            )
-            say.say(f"attention: xformers ({proven})")
-            return AttentionChoice("xformers", proven)
+            say.say(f"attention: xformers ({_proven(sizes, dtype)})")
+            return AttentionChoice("xformers", _proven(sizes, dtype))
         say.warn(f"xformers cannot be used here: {problem}. Going on with torch's own attention.")
-        reason = f"xformers was asked for, but {problem}"
+        reason = f"xformers was asked for, but {problem}; "
+    chosen = choose_sdpa(sizes, dtype, place)
+    for refused in chosen.refused:
+        say.warn(f"attention: {refused}; it is not used.")
+    _use_sdpa(denoiser, chosen.forced)
+    plural = "s" if len(chosen.kernels) > 1 else ""
+    reason += f"{' and '.join(chosen.kernels)} kernel{plural}, {_proven(sizes, dtype)}"
+    say.say(f"attention: sdpa ({reason})")
+    return AttentionChoice("sdpa", reason, chosen.kernels)
+
+
+@dataclass(frozen=True, slots=True)
+class SdpaChoice:
+    """Which of torch's own kernels attention runs on.
+
+    Attributes:
+        kernels: one for each head size where they differ, without repeats.
+        forced: the one kernel that all attention must use, "" to leave it to torch.
+        refused: what torch would have used, with what is wrong with it.
+    """
+
+    kernels: tuple[str, ...]
+    forced: str
+    refused: tuple[str, ...] = ()
+
+
+def choose_sdpa(sizes: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> SdpaChoice:
+    """Prove the kernels that torch itself takes; if one is wrong here, find one that is right at all sizes.
+
+    Args:
+        sizes: channels per head.
+        dtype: of queries, keys and values.
+        device: where they are.
+
+    Raises:
+        TrainingError: not even the math kernel is right.
+    """
+    taken = {size: _sdpa_default(size, dtype, device) for size in sizes}
+    refused = tuple(
+        f"torch's {name} kernel at head size {size} in {_short(dtype)}: {problem}"
+        for size, name in taken.items()
+        if (problem := _prove(scaled_dot_product_attention, size, dtype, device))
+    )
+    if not refused:
+        return SdpaChoice(tuple(dict.fromkeys(taken.values())), "")
+    for name in _BACKENDS:
+        if not any(_prove(_attend_with(name), size, dtype, device) for size in sizes):
+            return SdpaChoice((name,), name, refused)
+    raise TrainingError(
+        f"no attention kernel of torch is right on {torch.device(device).type}: {refused[0]}.",
+        "Try another memory.precision, or another version of torch.",
+    )
+
+
+def _sdpa_default(size: int, dtype: torch.dtype, device: torch.device | str) -> str:
+    """The kernel that torch takes by itself, with gradients wanted."""
+    q = torch.zeros((2, 2, _TOKENS, size), dtype=dtype, device=device, requires_grad=True)
+    # What scaled_dot_product_attention itself asks; there is no public question (torch 2.13).
+    number = int(torch._fused_sdp_choice(q, q, q))
+    names = {int(getattr(SDPBackend, attribute)): name for name, attribute in _BACKENDS.items()}
+    return names.get(number, f"number {number}")
+
+
+def _attend_with(name: str) -> Any:
+    """Attention on one of torch's kernels, or an error where it is not available."""
+    backend = getattr(SDPBackend, _BACKENDS[name])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel([backend]):
+            return scaled_dot_product_attention(q, k, v)
+
+    return attend
+
+
+def _use_sdpa(denoiser: Any, forced: str | None) -> None:
+    """Put diffusers' SDPA processor into a denoiser, held to one kernel if there must be."""
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    denoiser.set_attn_processor(AttnProcessor2_0())  # type: ignore[operator]
-    say.say(f"attention: sdpa ({reason})")
-    return AttentionChoice("sdpa", reason)
+    if not forced:
+        denoiser.set_attn_processor(AttnProcessor2_0())
+        return
+    backend = getattr(SDPBackend, _BACKENDS[forced])
+
+    class HeldProcessor(AttnProcessor2_0):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with sdpa_kernel([backend]):
+                return super().__call__(*args, **kwargs)
+
+    denoiser.set_attn_processor(HeldProcessor())
+
+
+def _proven(sizes: Sequence[int], dtype: torch.dtype) -> str:
+    return f"proven forward and backward at head sizes {', '.join(map(str, sizes))} in {_short(dtype)}"
 
 
 def xformers_problem(sizes: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> str:
@@ -130,22 +232,9 @@ def attention_facts(
         dtype: to try in.
         head_size: channels per head.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    backends = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "math": SDPBackend.MATH,
-    }
     facts = []
-    for name, backend in backends.items():
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, backend: Any = backend) -> Tensor:
-            with sdpa_kernel([backend]):
-                return scaled_dot_product_attention(q, k, v)
-
-        problem = _prove(attend, head_size, dtype, device)
+    for name in _BACKENDS:
+        problem = _prove(_attend_with(name), head_size, dtype, device)
         facts.append(KernelFact(name, not problem, problem))
     problem = xformers_problem((head_size,), dtype, device)
     return [*facts, KernelFact("xformers", not problem, problem)]

@@ -25,6 +25,7 @@ from lorabooth.recipe.schema import (
     Recipe,
     RunSection,
     Section,
+    SpeedSection,
     SubjectSection,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "Recipe",
     "RunSection",
     "Section",
+    "SpeedSection",
     "SubjectSection",
     "check",
     "differences",

@@ -25,6 +25,15 @@ from lorabooth.recipe.text import parse, read
 
 CHANGEABLE = frozenset(
     {
+        "memory.fit",
+        "memory.budget",
+        "memory.on_oom",
+        "memory.checkpointing",
+        "memory.checkpoint_blocks",
+        "memory.checkpoint_offload",
+        "memory.stream",
+        "memory.vae_slicing",
+        "memory.vae_tiling",
         "optim.steps",
         "run.sample_prompts",
         "run.sample_every",
@@ -35,7 +44,11 @@ CHANGEABLE = frozenset(
         "run.out",
     }
 )
-"""Keys that may differ when a run goes on: none of them changes what the steps already done have learned."""
+"""Keys that may differ when a run goes on: none of them changes what the steps already done have learned.
+
+Those of [memory] are techniques under which the gradient stays equal (within the rounding of another order of
+additions): a run that ran out of memory goes on with the next of them.
+"""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -81,7 +94,8 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     Raises:
         RecipeError: an override cannot be understood or the result is wrong; all errors at once.
     """
-    raw = recipe.model_dump()
+    # What nobody wrote stays unwritten: `memory.fit` may choose it.
+    raw = recipe.model_dump(exclude_unset=True)
     _override(raw, overrides)
     return build(raw, "--set")
 

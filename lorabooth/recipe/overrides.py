@@ -9,6 +9,7 @@ from typing import Any
 
 from lorabooth.errors import RecipeError
 from lorabooth.recipe.rules import Key, key_text, printable, value_text
+from lorabooth.recipe.schema import expanded_memory
 
 _INDEX_DIGITS = 6
 """A longer number is no subject's index."""
@@ -69,6 +70,8 @@ def _set(raw: dict[str, Any], key: Key, value: object) -> str:
     if len(key) == 1:
         raw[key[0]] = value
         return ""
+    if key[0] == "memory":
+        raw["memory"] = expanded_memory(raw.get("memory", {}))
     table = raw.setdefault(key[0], {})
     if not isinstance(table, dict):
         return f"{key[0]} is {value_text(table)} in the recipe, not a section"

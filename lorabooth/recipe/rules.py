@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorabooth.recipe.schema import Recipe
+from lorabooth.recipe.sizes import parse_size
 
 _VALUE_CHARS = 60
 _KEY_CHARS = 80
@@ -87,7 +88,18 @@ def value_text(value: object, levels: int = _LIST_LEVELS) -> str:
 
 def broken_rules(recipe: Recipe) -> Iterator[Problem]:
     """Every rule over several keys, or over a text's content, that a recipe breaks."""
-    for rule in (_subject_rules, _prior_rules, _optim_rules, _memory_rules, _run_rules, _text_rules):
+    rules = (
+        _subject_rules,
+        _prior_rules,
+        _optim_rules,
+        _memory_rules,
+        _fit_rules,
+        _hollow_rules,
+        _speed_rules,
+        _run_rules,
+        _text_rules,
+    )
+    for rule in rules:
         yield from rule(recipe)
 
 
@@ -123,6 +135,12 @@ def _prior_rules(recipe: Recipe) -> Iterator[Problem]:
     if prior.images and prior.mode != "images":
         text = f'is only used with prior.mode = "images", but that is "{prior.mode}"; change one of the two'
         yield Problem(("prior", "images"), text, (mode_key,))
+    if prior.every > 1 and prior.mode == "none":
+        text = f'{prior.every}, but prior.mode = "none" has no class examples; change one of the two'
+        yield Problem(("prior", "every"), text, (mode_key,))
+    if prior.pool and prior.mode != "distill":
+        text = f'is only used with prior.mode = "distill", but that is "{prior.mode}"; change one of the two'
+        yield Problem(("prior", "pool"), text, (mode_key,))
     if prior.prompt != "auto":
         if "{token}" in prior.prompt:
             text = "the class prompt is without {token}: it stands for the class, not for the subject"
@@ -149,8 +167,80 @@ def _memory_rules(recipe: Recipe) -> Iterator[Problem]:
     compute, base = recipe.memory.precision, recipe.memory.base_precision
     if compute == "fp32" and base not in ("auto", "fp32"):
         text = f'"{base}" rounds the base and makes nothing faster with memory.precision = "fp32"'
-        fix = "give both the same"
+        fix = "give both the same" if base in ("bf16", "fp16") else 'write memory.precision = "bf16"'
         yield Problem(("memory", "base_precision"), f"{text}; {fix}", (("memory", "precision"),))
+    yield from _checkpoint_rules(recipe)
+
+
+def _checkpoint_rules(recipe: Recipe) -> Iterator[Problem]:
+    memory, on = recipe.memory, ("memory", "checkpointing")
+    if not memory.checkpointing:
+        given = {
+            "checkpoint_blocks": memory.checkpoint_blocks != "auto",
+            "checkpoint_offload": memory.checkpoint_offload,
+            "stream": memory.stream,
+        }
+        text = "is set, but memory.checkpointing is false; set it to true or remove this key"
+        yield from (Problem(("memory", key), text, (on,)) for key, is_set in given.items() if is_set)
+    elif memory.stream and memory.checkpoint_blocks != "auto":
+        # What is not recomputed keeps its weights on the device from the forward to the backward pass.
+        text = f'memory.stream needs all blocks, not {memory.checkpoint_blocks}; write "auto"'
+        yield Problem(("memory", "checkpoint_blocks"), text, (("memory", "stream"),))
+
+
+def _fit_rules(recipe: Recipe) -> Iterator[Problem]:
+    memory, key = recipe.memory, ("memory", "budget")
+    if memory.budget == "auto":
+        return
+    try:
+        parse_size(memory.budget)
+    except ValueError as error:
+        yield Problem(key, f"{value_text(memory.budget)} {error}")
+        return
+    if not memory.fit:
+        text = "is only used with memory.fit = true; set that too, or remove this key"
+        yield Problem(key, text, (("memory", "fit"),))
+
+
+def _hollow_rules(recipe: Recipe) -> Iterator[Problem]:
+    memory, on = recipe.memory, ("memory", "hollow")
+    if not memory.hollow:
+        if memory.hollow_keep != "auto":
+            text = "is set, but memory.hollow is false; set it to true or remove this key"
+            yield Problem(("memory", "hollow_keep"), text, (on,))
+        return
+    if recipe.adapter.text_encoder:
+        text = "needs a frozen text encoder, but adapter.text_encoder is true; set one of them to false"
+        yield Problem(on, text, (("adapter", "text_encoder"),))
+    if recipe.prior.pool:
+        text = "memory.hollow stores these targets in its own pool, of memory.hollow_pool; remove this key"
+        yield Problem(("prior", "pool"), text, (on,))
+
+
+def _speed_rules(recipe: Recipe) -> Iterator[Problem]:
+    """What a recording of the step cannot hold, and what a compiler cannot see."""
+    speed, memory, optim = recipe.speed, recipe.memory, recipe.optim
+    if speed.compile != "off" and memory.stream:
+        text = f"{value_text(speed.compile)} does not go with memory.stream = true; change one of the two"
+        yield Problem(("speed", "compile"), text, (("memory", "stream"),))
+    if not speed.cuda_graph:
+        return
+    clashes: list[tuple[bool, Key, str]] = [
+        (optim.name != "adamw", ("optim", "name"), f'optim.name = "{optim.name}" counts on the host'),
+        (memory.precision == "fp16", ("memory", "precision"), 'memory.precision = "fp16" has a loss scale'),
+        (recipe.adapter.dropout > 0, ("adapter", "dropout"), "adapter.dropout draws anew in every step"),
+        (memory.stream, ("memory", "stream"), "memory.stream moves weights between the kernels"),
+        (
+            memory.checkpoint_offload,
+            ("memory", "checkpoint_offload"),
+            "memory.checkpoint_offload moves tensors",
+        ),
+        (speed.compile == "auto", ("speed", "compile"), 'speed.compile = "auto" changes the step'),
+    ]
+    for clash, key, why in clashes:
+        if clash:
+            text = f"true, but {why}, which a recorded step cannot; change one of the two"
+            yield Problem(("speed", "cuda_graph"), text, (key,))
 
 
 def _run_rules(recipe: Recipe) -> Iterator[Problem]:

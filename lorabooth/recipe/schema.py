@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,6 +77,10 @@ class PriorSection(Section):
     """Sampler steps per class image."""
     guidance: Auto | Annotated[float, Field(ge=0, le=50)] = "auto"
     """Guidance of class images."""
+    every: Annotated[int, Field(ge=1, le=20)] = 1
+    """Class examples are in every so many steps only, at so many times their weight: less time, same sum."""
+    pool: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Mode "distill": targets stored per class example before training, so that a step has one forward."""
 
 
 class AdapterSection(Section):
@@ -146,16 +150,54 @@ class ImagesSection(Section):
 
 
 class MemorySection(Section):
-    """Precision and memory techniques while training."""
+    """Precision and memory techniques while training. `memory = "auto"` is short for `fit = true`."""
 
+    fit: bool = False
+    """Choose the keys that are not written here so that the run fits the budget; see `lorabooth plan`."""
+    budget: str = "auto"
+    """Memory that `fit` may use: "8GiB", "8GB", "8192MiB"; "auto" is what the device has free."""
+    on_oom: Literal["stop", "step_down"] = "stop"
+    """When memory runs out: stop and name what to try, or "step_down": go on with the next technique."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute (autocast) precision of the training step; adapter weights are always float32."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """Attention kernel; proven forward and backward before it is used."""
     checkpointing: bool = False
     """Gradient checkpointing: less memory, slower steps."""
-    base_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision that the frozen denoiser is held in while training."""
+    checkpoint_blocks: Auto | Annotated[int, Field(ge=1, le=10_000)] = "auto"
+    """Blocks of the denoiser that are computed again in the backward pass, outermost first; "auto" is all."""
+    checkpoint_offload: bool = False
+    """What checkpoints keep waits in host memory."""
+    base_precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4", "fp8"] = "auto"
+    """Precision that the frozen denoiser is held in while training; "nf4" needs bitsandbytes."""
+    stream: bool = False
+    """The denoiser's frozen weights wait in host memory and visit the device block by block."""
+    vae_slicing: bool = False
+    """The VAE takes images one at a time."""
+    vae_tiling: bool = False
+    """The VAE takes images in overlapping tiles: less memory, slightly other latents and pixels."""
+    images_at_once: Auto | Annotated[int, Field(ge=1, le=64)] = "auto"
+    """Images drawn together; "auto": class images 8 on a GPU and 4 on a CPU, samples all of a prompt."""
+    hollow: bool = False
+    """Train a U-Net's outer levels, its deep middle not in memory (Hollowed Net, arXiv 2411.01179)."""
+    hollow_keep: Auto | Annotated[int, Field(ge=1, le=64)] = "auto"
+    """Outer levels that stay; "auto": as many as leave at least half of the denoiser's weights out."""
+    hollow_pool: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Noises and timesteps per photo and class image for which the middle's output is stored on disk."""
+
+
+def expanded_memory(value: object) -> object:
+    """What `memory = "auto"` is short for; other values as they are."""
+    return {"fit": True} if value == "auto" else value
+
+
+class SpeedSection(Section):
+    """What makes steps faster; results differ in the last bits at most."""
+
+    compile: Literal["off", "on", "auto"] = "off"
+    """Compile the denoiser's repeated blocks; "auto" measures, and keeps it where it pays within the run."""
+    cuda_graph: bool = False
+    """Record the whole training step as a CUDA graph, launched at once; for small batches on fast GPUs."""
 
 
 class RunSection(Section):
@@ -194,7 +236,14 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     images: ImagesSection = ImagesSection()
     memory: MemorySection = MemorySection()
+    speed: SpeedSection = SpeedSection()
     run: RunSection = RunSection()
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory_in_short(cls, value: object) -> object:
+        """`memory = "auto"` instead of a section."""
+        return expanded_memory(value)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:

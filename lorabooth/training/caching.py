@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lorabooth.data.batches import Orders
 from lorabooth.data.cache import Store
 from lorabooth.data.encode import LatentIndex, cache_latents, cache_texts
 from lorabooth.families.base import Family, Parts
@@ -29,12 +30,14 @@ class Examples:
         classes: class images, or (distill) the photos under the class prompt; empty without a prior.
         latents: of both.
         conds: caption -> conditioning, or tokens if the text encoder trains.
+        orders: remembers the order of an epoch from step to step.
     """
 
     instance: tuple[Record, ...]
     classes: tuple[Record, ...]
     latents: LatentIndex
     conds: Mapping[str, Cond]
+    orders: Orders = field(default_factory=Orders)
 
 
 def encode_examples(
@@ -57,19 +60,24 @@ def encode_examples(
     """
     store.sweep()
     resolution_px = int(recipe.images.resolution)
+    # Latents of tiles are others than those of whole images.
+    tiled = "/tiled" if recipe.memory.vae_tiling else ""
 
-    def latents(records: Sequence[Record], images: ImagesSection, label: str) -> LatentIndex:
+    def latents(
+        records: Sequence[Record], images: ImagesSection, label: str, *, sampled: bool = False
+    ) -> LatentIndex:
         return cache_latents(
             store,
             records,
             encode=lambda pixels: family.encode_images(parts, pixels),
-            encoder_id=f"vae/{weights_digest(parts.source, 'vae')}/fp32/{_device_kind(parts.vae)}",
+            encoder_id=f"vae/{weights_digest(parts.source, 'vae')}/fp32/{_device_kind(parts.vae)}{tiled}",
             images=images,
             resolution_px=resolution_px,
             multiple_px=family.resolution_multiple_px(parts),
             seed=recipe.run.seed,
             label=label,
             reporter=reporter,
+            sampled=sampled,
         )
 
     index = latents(instance, recipe.images, "Encoding photos")
@@ -77,7 +85,9 @@ def encode_examples(
     drawn = [record for record in classes if record.path not in photos]
     if drawn:
         plain = recipe.images.model_copy(update={"flip": False, "crop": "center"})
-        index = index.joined(latents(drawn, plain, "Encoding class images"))
+        # Only what was generated here: the user's own images are what their pixels are.
+        sampled = recipe.prior.mode == "generated"
+        index = index.joined(latents(drawn, plain, "Encoding class images", sampled=sampled))
     prompts = [record.caption for record in (*instance, *classes)]
     if recipe.adapter.text_encoder:
         unique = list(dict.fromkeys(prompts))

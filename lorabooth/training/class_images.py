@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import torch
+
 from lorabooth.data import images
-from lorabooth.data.cache import Store
+from lorabooth.data.cache import CachedLatent, Store, sampled_key
+from lorabooth.memory.facts import describe_device
 from lorabooth.progress import Reporter
+from lorabooth.recipe import Recipe
 from lorabooth.training import subjects
-from lorabooth.training.prior import SamplerFacts, ensure_class_images
+from lorabooth.training.compiled import Blocks, Pace, TimingFile, compile_cache
+from lorabooth.training.prior import Drawn, SamplerFacts, ensure_class_images
 from lorabooth.training.setting import Setting
 from lorabooth.training.studio import Studio
-from lorabooth.types import Record
+from lorabooth.types import Geometry, Moments, Record
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from torch import Tensor
 
 GROUP = 8
 """Class images drawn at once on an accelerator. Where memory forces fewer, their last bits may differ."""
@@ -60,6 +66,18 @@ def class_examples(setting: Setting, studio: Studio, store: Store, reporter: Rep
     return modes[setting.recipe.prior.mode]()
 
 
+def group_of(recipe: Recipe, device_kind: str) -> int:
+    """Class images drawn at once.
+
+    Args:
+        recipe: with `memory.images_at_once`, a number or "auto".
+        device_kind: "cpu", "cuda" or "mps".
+    """
+    if recipe.memory.images_at_once != "auto":
+        return recipe.memory.images_at_once
+    return GROUP_ON_CPU if device_kind == "cpu" else GROUP
+
+
 def _own_images(setting: Setting, reporter: Reporter) -> ClassExamples:
     # Decoded and found good already, with the photos, before the base was loaded.
     scan = subjects.own_class_images(Path(setting.recipe.prior.images), setting.subjects)
@@ -73,33 +91,55 @@ def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporte
     multiple_px = setting.family.resolution_multiple_px(setting.parts)
     height_px, width_px = images.square_for(side_px, multiple_px)
     sampler = SamplerFacts(
-        name="dpm++",
+        name="dpm++, decoded in tiles" if recipe.memory.vae_tiling else "dpm++",
         steps=int(recipe.prior.sampler_steps),
         guidance=float(recipe.prior.guidance),
         height_px=height_px,
         width_px=width_px,
         dtype=recipe.model.dtype,
-        group=GROUP_ON_CPU if setting.device.type == "cpu" else GROUP,
+        group=group_of(recipe, setting.device.type),
     )
     pipeline = setting.family.pipeline(setting.parts)
+    fits: list[int] = []
 
-    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Sequence[Image]:
+    def smaller(count: int) -> None:
+        fits.append(count)
+        reporter.warn(f"memory ran out while drawing class images; {count} at once from now on")
+
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Sequence[Drawn]:
         # Nothing was moved if all images are there already: the base goes to the device with the first batch.
         pipeline.to(setting.device)
-        return studio.generate(
-            pipeline,
-            prompts,
-            seeds,
-            steps=sampler.steps,
-            guidance=sampler.guidance,
-            height_px=height_px,
-            width_px=width_px,
-            batch_size=len(prompts),
-        )
 
+        def draw(steps: int) -> Sequence[Drawn]:
+            latents: dict[int, Tensor] = {}
+            images = studio.generate(
+                pipeline,
+                prompts,
+                seeds,
+                steps=steps,
+                guidance=sampler.guidance,
+                height_px=height_px,
+                width_px=width_px,
+                # What did not fit once does not fit the next time either.
+                batch_size=min([len(prompts), *fits]),
+                on_latent=latents.__setitem__,
+                on_smaller=smaller,
+            )
+            return [Drawn(image, latents.get(index)) for index, image in enumerate(images)]
+
+        return compiling.timed(len(prompts), draw, sampler.steps)
+
+    def keep_latent(sha256: str, latent: Tensor) -> None:
+        # Exactly this latent: a posterior without width.
+        moments = Moments(latent, torch.zeros_like(latent))
+        whole = Geometry((height_px, width_px), (0, 0), (height_px, width_px))
+        store.put_moments(sampled_key(sha256), CachedLatent(moments, whole))
+
+    prompts = list(dict.fromkeys(subject.class_prompt for subject in setting.subjects))
+    compiling = _Compiling(setting, sampler, recipe.prior.count * len(prompts), reporter)
     found: dict[str, Sequence[Path]] = {}
     drawn = reused = rejected = 0
-    for prompt in dict.fromkeys(subject.class_prompt for subject in setting.subjects):
+    for prompt in prompts:
         made = ensure_class_images(
             folder_root=store.root / "class-images",
             base_key=f"{setting.parts.source.base_id}/{setting.parts.source.sha256}",
@@ -108,15 +148,68 @@ def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporte
             generate=generate,
             sampler=sampler,
             reporter=reporter,
+            keep_latent=keep_latent,
         )
         found[prompt] = made.paths
         drawn, reused, rejected = drawn + made.generated, reused + made.reused, rejected + made.rejected
         reporter.say(f'class images of "{prompt}": {made.generated} drawn, {made.reused} found')
-    facts = {
+    facts: dict[str, object] = {
         "mode": "generated",
         "images": drawn + reused,
         "drawn": drawn,
         "reused": reused,
         "rejected": rejected,
     }
+    if compiling.pace is not None:
+        facts["speed"] = compiling.pace.facts
+    # The adapter comes next, and the step has other shapes.
+    compiling.blocks.off()
     return ClassExamples(subjects.class_records(found, setting.subjects), MappingProxyType(facts))
+
+
+class _Compiling:
+    """Compiled blocks of the sampler, where the recipe wants them and they pay; a group is what is timed.
+
+    Images differ in their last bits by whether their group was compiled, as they do by how many are drawn at
+    once.
+
+    Args:
+        setting: the run's.
+        sampler: how images are drawn.
+        count: images that the run needs, of which some may be there already.
+        reporter: hears of the choice.
+    """
+
+    def __init__(self, setting: Setting, sampler: SamplerFacts, count: int, reporter: Reporter) -> None:
+        self._setting, self._sampler, self._count, self._reporter = setting, sampler, count, reporter
+        self._groups = 0
+        self.blocks = Blocks(setting.parts.denoiser, compile_cache())
+        self.pace: Pace | None = None
+
+    def timed(self, size: int, draw: Callable[[int], Sequence[Drawn]], steps: int) -> Sequence[Drawn]:
+        """Draw one group in so many sampler steps; what it took may decide on the next."""
+        mode = self._setting.recipe.speed.compile
+        if mode == "off" or not len(self.blocks) or size < self._sampler.group:
+            return draw(steps)
+        if self.pace is None:
+            facts = {
+                "sampler": asdict(self._sampler),
+                "base": self._setting.parts.source.sha256,
+                "device": describe_device(self._setting.device).name,
+                "torch": torch.__version__,
+            }
+            self.pace = Pace(
+                mode,
+                self.blocks,
+                lambda: draw(1),
+                memory=TimingFile.of(compile_cache(), facts),
+                reporter=self._reporter,
+                unit="group",
+                settling=1,
+                measured=1,
+            )
+        began_s = time.perf_counter()
+        images = draw(steps)
+        self._groups += 1
+        self.pace(self._groups, -(-self._count // size), time.perf_counter() - began_s)
+        return images

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from lorabooth.adapters import inject
-from lorabooth.data.batches import assemble, plan_step
-from lorabooth.data.images import variants
+from lorabooth.data.batches import Tuples, assemble, no_tuples
 from lorabooth.families.base import Family
-from lorabooth.memory import apply
+from lorabooth.families.reload import load_denoiser
+from lorabooth.memory import apply, hollow, techniques
 from lorabooth.memory.attention import set_attention
 from lorabooth.objective.loss import weighting
 from lorabooth.progress import Reporter
@@ -25,29 +26,42 @@ from lorabooth.recipe import Recipe
 from lorabooth.rng import seed_for
 from lorabooth.training import optim
 from lorabooth.training.caching import Examples
-from lorabooth.training.loop import Session, to_device
+from lorabooth.training.loop import Session
+from lorabooth.training.pool import Pool, plan_of, sizes
+from lorabooth.training.prefetch import to_device
 from lorabooth.training.setting import Setting
+from lorabooth.training.speed import furnish
 from lorabooth.training.step import (
     StepParts,
     Targets,
     cached_condition,
     class_rows,
     distill_targets,
-    draw_noise,
     micro_step,
+    noise_of,
     path_targets,
+    stored_targets,
 )
 from lorabooth.types import Batch, Cond, Geometry
 
 ADAPTER_NAME = "lorabooth"
 
 
-def targets_of(family: Family, recipe: Recipe) -> list[inject.Target]:
-    """What the adapter sits on; `open_setting` has checked that the preset exists."""
-    preset = recipe.adapter.targets
+def targets_of(family: Family, recipe: Recipe, denoiser: nn.Module) -> list[inject.Target]:
+    """What the adapter sits on; `open_setting` has checked that the preset exists.
+
+    Args:
+        family: of the base.
+        recipe: without "auto".
+        denoiser: whole; with memory.hollow its deep middle gets no adapter.
+    """
+    patterns = tuple(family.targets[recipe.adapter.targets])
+    if recipe.memory.hollow:
+        keep = hollow.keep_of(denoiser, recipe.memory.hollow_keep)
+        patterns = hollow.kept_patterns(denoiser, keep, patterns)
     rank = int(recipe.adapter.rank)
     alpha = float(recipe.adapter.alpha)
-    found = [inject.Target("denoiser", tuple(family.targets[preset]), rank, alpha, recipe.adapter.dropout)]
+    found = [inject.Target("denoiser", patterns, rank, alpha, recipe.adapter.dropout)]
     if recipe.adapter.text_encoder:
         text_rank = int(recipe.adapter.text_encoder_rank)
         text_alpha = alpha / rank * text_rank
@@ -68,21 +82,11 @@ class Draws:
     examples: Examples
     rank: int
     world: int
-    variants: int
+    tuples: Tuples = no_tuples
 
     def __call__(self, step: int) -> Sequence[Sequence[Batch]]:
         """Micro-batches of `step`; a pure function of it."""
-        plan = plan_step(
-            seed=self.recipe.run.seed,
-            step=step,
-            n_instance=len(self.examples.instance),
-            n_class=len(self.examples.classes),
-            batch_size=self.recipe.optim.batch_size,
-            accumulate=self.recipe.optim.accumulate,
-            world=self.world,
-            variants=self.variants,
-            class_variants=self.variants if self.recipe.prior.mode == "distill" else 1,
-        )
+        plan = plan_of(self.recipe, self.examples, self.world, step)
         return [
             assemble(
                 draws,
@@ -91,26 +95,36 @@ class Draws:
                 latents=self.examples.latents,
                 conds=self.examples.conds,
                 collate=self.family.collate,
-                prior_weight=self.recipe.prior.weight,
+                prior_weight=self.recipe.prior.weight * self.recipe.prior.every,
                 seed=self.recipe.run.seed,
                 step=step,
+                tuples=self.tuples,
             )
             for draws in plan[self.rank]
         ]
 
 
 def attach(setting: Setting, device: torch.device, reporter: Reporter) -> inject.Attached:
-    """Place the base on the device, prove its attention kernel, and put a fresh adapter on it."""
+    """Put a fresh adapter on the base, and the base on the device, with the recipe's memory techniques.
+
+    Works on shapes as well: nothing reads a value.
+    """
     recipe, parts = setting.recipe, setting.parts
-    setting.base.to(device, *parts.components())
     attached = inject.attach(
-        parts.components(), targets_of(setting.family, recipe), name=ADAPTER_NAME, seed=recipe.run.seed
+        parts.components(),
+        targets_of(setting.family, recipe, parts.denoiser),
+        name=ADAPTER_NAME,
+        seed=recipe.run.seed,
     )
+    said = techniques.hold_base(parts.denoiser, recipe.memory, device)
+    setting.base.to(device, *parts.components())
     dtype = apply.precision(recipe.memory, device).compute
     set_attention(parts.denoiser, recipe.memory.attention, dtype=dtype, device=device, reporter=reporter)
-    if recipe.memory.checkpointing:
-        for component in attached.components:
-            apply.enable_checkpointing(parts.components()[component])
+    if recipe.memory.checkpointing and "text_encoder" in attached.components:
+        apply.enable_checkpointing(parts.components()["text_encoder"])
+    said += techniques.recompute(parts.denoiser, recipe.memory, dropout=recipe.adapter.dropout)
+    for line in said:
+        reporter.say(line)
     for module in parts.components().values():
         module.train()
     return attached
@@ -123,11 +137,21 @@ def compose(
     *,
     accelerator: Accelerator,
     reporter: Reporter,
+    pool: Pool | None = None,
 ) -> Session:
-    """The session that the loop runs; its precision is proven by one small step."""
+    """The session that the loop runs; its precision is proven by one small step.
+
+    Args:
+        setting: the run's.
+        examples: encoded.
+        attached: the adapter.
+        accelerator: devices and processes.
+        reporter: hears of what does not work.
+        pool: from `pool.prepare`; a recipe with a fixed pool needs it.
+    """
     recipe, family, parts = setting.recipe, setting.family, setting.parts
     device = accelerator.device
-    step_parts = _step_parts(setting, device)
+    parts_of_step = step_parts(setting, device)
     trained = {name: attached.parameters(name) for name in parts.components()}
     parameters = [parameter for members in trained.values() for parameter in members]
     optimizer = optim.make(
@@ -136,6 +160,7 @@ def compose(
         device,
         strict=recipe.optim.strict,
         reporter=reporter,
+        captured=recipe.speed.cuda_graph,
     )
     n_step = recipe.optim.batch_size * recipe.optim.accumulate * accelerator.num_processes
     n_class = n_step if examples.classes else 0
@@ -145,16 +170,14 @@ def compose(
         examples,
         accelerator.process_index,
         accelerator.num_processes,
-        len(variants(recipe.images)),
+        no_tuples if pool is None else pool.tuples,
     )
 
     def attempt() -> torch.Tensor:
         batch = batches(0)[0][0]
-        eps, level = draw_noise(
-            step_parts.path, recipe.run.seed, 0, batch.positions, batch.latents.shape[1:], device=device
-        )
+        eps, level = noise_of(parts_of_step.path, batch, recipe.run.seed, 0, device=device)
         return micro_step(
-            step_parts,
+            parts_of_step,
             to_device(batch, device),
             eps,
             level,
@@ -164,10 +187,18 @@ def compose(
         ).total
 
     wanted = apply.precision(recipe.memory, device)
-    precision = apply.probe(attempt, parameters, parts.denoiser, wanted, device, reporter)
-    return Session(
+    precision = apply.probe(
+        attempt,
+        parameters,
+        parts.denoiser,
+        wanted,
+        device,
+        lambda dtype: load_denoiser(family, replace(parts, dtype=dtype)),
+        reporter,
+    )
+    session = Session(
         accelerator=accelerator,
-        step_parts=step_parts,
+        step_parts=parts_of_step,
         batches=batches,
         optimizer=optimizer,
         parameters=parameters,
@@ -180,11 +211,13 @@ def compose(
         n_instance=n_step,
         n_class=n_class,
         diagnosis=f"{apply.NAMES[precision.compute]} on {device.type}, base {parts.source.base_id} in "
-        f"{apply.NAMES[precision.base]}",
+        f"{precision.base_name}",
+        prior_every=recipe.prior.every,
     )
+    return furnish(session, setting, attempt, reporter)
 
 
-def _step_parts(setting: Setting, device: torch.device) -> StepParts:
+def step_parts(setting: Setting, device: torch.device) -> StepParts:
     """The step's functions: which text conditioning, which targets, which weighting."""
     recipe, family, parts = setting.recipe, setting.family, setting.parts
     components = parts.components()
@@ -192,14 +225,17 @@ def _step_parts(setting: Setting, device: torch.device) -> StepParts:
     def predict(
         x: torch.Tensor, level: torch.Tensor, cond: Cond, geometry: Sequence[Geometry]
     ) -> torch.Tensor:
-        return family.predict(parts, x, level, cond, geometry)
+        with hollow.filled(parts.denoiser, cond["hollow"]) if recipe.memory.hollow else nullcontext():
+            return family.predict(parts, x, level, cond, geometry)
 
     def encode(tokens: Cond) -> Cond:
         return family.encode_tokens(parts, tokens)
 
     condition = encode if recipe.adapter.text_encoder else cached_condition
     targets: Targets = path_targets
-    if recipe.prior.mode == "distill":
+    if recipe.prior.mode == "distill" and any(sizes(recipe)):
+        targets = stored_targets
+    elif recipe.prior.mode == "distill":
         targets = distill_targets(predict, condition, lambda: inject.disabled(components))
     path = family.noise_path(parts).to(device)
     return StepParts(

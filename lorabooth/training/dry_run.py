@@ -49,7 +49,9 @@ def _trained(setting: Setting) -> list[TrainedPart]:
     """What the adapter would sit on."""
     components = setting.parts.components()
     attached = inject.attach(
-        components, targets_of(setting.family, setting.recipe), seed=setting.recipe.run.seed
+        components,
+        targets_of(setting.family, setting.recipe, components["denoiser"]),
+        seed=setting.recipe.run.seed,
     )
     optim, adapter = setting.recipe.optim, setting.recipe.adapter
     trained = []

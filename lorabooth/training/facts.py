@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from lorabooth.errors import TrainingError
 from lorabooth.memory.facts import device_facts, versions
+from lorabooth.training.clock import Clock
 from lorabooth.training.folder import RunFolder, write_json
-from lorabooth.training.setting import Clock, Setting
+from lorabooth.training.planned import Planned, memory_facts, peak_memory_bytes
+from lorabooth.training.setting import Setting
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -28,6 +27,7 @@ class Ledger:
         setting: what it stands on.
         clock: seconds per phase of this process.
         before: run.json as an earlier process of the same run left it; its timings and warnings are kept.
+        planned: memory that was predicted for this process, if a plan was made.
         notes: further facts by name.
     """
 
@@ -35,6 +35,7 @@ class Ledger:
     setting: Setting
     clock: Clock
     before: Mapping[str, Any] = field(default_factory=dict)
+    planned: Planned | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     def note(self, name: str, value: Any) -> None:
@@ -65,7 +66,8 @@ class Ledger:
                 "long_captions": setting.long_caption_facts,
                 "choices": self._choices(),
                 "timings_s": self._timings_s(),
-                "peak_memory_bytes": peak_memory_bytes(setting.device),
+                "peak_memory_bytes": self._peak_memory_bytes(),
+                **self._memory(),
                 **self.notes,
                 "warnings": self._warnings(),
             },
@@ -107,19 +109,19 @@ class Ledger:
             total[name] = total.get(name, 0.0) + seconds
         return {name: round(seconds, 3) for name, seconds in total.items()}
 
+    def _memory(self) -> dict[str, Any]:
+        """Plan and measurement; a process that goes on without planning keeps what was planned before."""
+        earlier = {key: self.before[key] for key in ("plan",) if key in self.before}
+        now = memory_facts(self.planned, self.clock, self.setting.device)
+        stepped = [*self.before.get("stepped_down", []), *now.pop("stepped_down", [])]
+        return {**earlier, **now, **({"stepped_down": stepped} if stepped else {})}
+
+    def _peak_memory_bytes(self) -> int | None:
+        """The clock starts torch's counter anew for each phase."""
+        now = peak_memory_bytes(self.setting.device)
+        return now if now is None else max([now, *self.clock.peak_bytes.values()])
+
     def _warnings(self) -> list[str]:
         """Of all processes that worked on the run, each once."""
         earlier = self.before.get("warnings", [])
         return list(dict.fromkeys([*map(str, earlier), *self.notes.get("warnings", [])]))
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory so far: allocated on a GPU, else the resident set; None where neither is known."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

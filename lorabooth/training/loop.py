@@ -5,27 +5,29 @@ Progress is one integer, the optimizer step; everything drawn in step s is a fun
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from lorabooth.errors import InterruptedRunError
 from lorabooth.progress import Reporter, Task
 from lorabooth.recipe import OptimSection
 from lorabooth.training import optim
-from lorabooth.training.alarms import StepFigures, Watch
-from lorabooth.training.log import MetricsLog, wrong_parts
-from lorabooth.training.step import StepParts, class_rows, draw_noise, micro_step
+from lorabooth.training.alarms import Watch
+from lorabooth.training.log import MetricsLog
+from lorabooth.training.prefetch import Forwards, ahead, make
+from lorabooth.training.ran_out import LastStep, watched_updates
+from lorabooth.training.step import StepParts
+from lorabooth.training.update import Launched, launch
 from lorabooth.types import Batch
 
 
@@ -55,8 +57,12 @@ class Session:
         section: the recipe's optim section, without "auto".
         seed: the run's.
         n_instance: subject examples in an optimizer step, over ranks and accumulation.
-        n_class: class examples likewise; 0 without prior preservation.
+        n_class: class examples likewise, of a step that has them; 0 without prior preservation.
         diagnosis: what a non-finite step is reported with; the compute dtype ("fp16") is its first word.
+        prior_every: steps 0, `prior_every`, 2 `prior_every` ... have class examples.
+        late: a step's figures are read while the next one runs; see `update`.
+        graph: a step's examples -> its numbers, by a captured step; None runs the operations one by one.
+        pace: told (finished steps, of so many, seconds of the last one); may switch compiled blocks.
     """
 
     accelerator: Accelerator
@@ -73,6 +79,10 @@ class Session:
     n_instance: int
     n_class: int
     diagnosis: str
+    prior_every: int = 1
+    late: bool = False
+    graph: Callable[[Forwards], torch.Tensor] | None = None
+    pace: Callable[[int, int, float], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,12 +94,14 @@ class Hooks:
         preview: draws sample images; called when due. Cannot change the run.
         checkpoint_every: 0 is off (the end is still saved).
         preview_every: 0 is off.
+        paced: told of each step and the seconds it took.
     """
 
     checkpoint: Callable[[int], None]
     preview: Callable[[int], object]
     checkpoint_every: int
     preview_every: int
+    paced: Callable[[int, float], object] | None = None
 
 
 def run_steps(
@@ -122,23 +134,48 @@ def run_steps(
     """
     watch = watch or Watch()
     alone = session.accelerator.num_processes == 1
-    with _signals(reporter) as asked, reporter.task("Training", stop, "step", start) as task:
+    with ExitStack() as opened:
+        asked = opened.enter_context(_signals(reporter))
+        task = opened.enter_context(reporter.task("Training", stop, "step", start))
+        coming = opened.enter_context(ahead(_maker(session), range(start, stop)))
+        told = _Told(session, metrics, task, watch, reporter)
+
+        def save(step: int) -> None:
+            told.tell(since_s=time.perf_counter(), hold=0)
+            metrics.sync()
+            hooks.checkpoint(step)
+
+        last = LastStep(save, opened.enter_context(watched_updates(session.optimizer)), start, saved=start)
         for step in range(start, stop):
             began_s = time.perf_counter()
-            lr = optim.set_lr(session.optimizer, session.section, step, stop)
-            figures = _one_step(session, step, asked, watch)
-            done, seconds = step + 1, time.perf_counter() - began_s
-            line = {"step": done, **figures.line, "lr": lr, "step_s": seconds}
-            _tell(session, metrics, line, task)
-            watch.note(figures, reporter, step=done, seconds=seconds, diagnosis=session.diagnosis)
+            done, lr = step + 1, optim.set_lr(session.optimizer, session.section, step, stop)
+            with last.kept():
+                launched = launch(
+                    session,
+                    step,
+                    coming(),
+                    asked=asked,
+                    want_up_norms=watch.alarms.want_up_norms,
+                )
+            told.add(done, lr, launched)
+            last.steps = done
             saved = done == stop or (hooks.checkpoint_every > 0 and done % hooks.checkpoint_every == 0)
+            drawn = hooks.preview_every > 0 and done % hooks.preview_every == 0 and done < stop
+            # What is saved has been judged: a step's figures come late only between two saves.
+            told.tell(since_s=began_s, hold=int(session.late and not saved and not drawn))
+            if session.pace is not None:
+                session.pace(done, stop, time.perf_counter() - began_s)
+            if hooks.paced is not None:
+                hooks.paced(done, time.perf_counter() - began_s)
             if saved:
                 metrics.sync()
                 hooks.checkpoint(done)
-            if hooks.preview_every > 0 and done % hooks.preview_every == 0 and done < stop:
+                last.saved = done
+            if drawn:
                 hooks.preview(done)
             # Several ranks must stop at the same step: only what all of them have heard counts.
-            if (bool(asked) if alone else figures.stopping) and done < stop:
+            if (bool(asked) if alone else told.stopping) and done < stop:
+                told.tell(since_s=began_s, hold=0)
                 if not saved:
                     metrics.sync()
                     hooks.checkpoint(done)
@@ -150,151 +187,58 @@ def run_steps(
     return watch
 
 
-def _one_step(session: Session, step: int, asked: Sequence[int], watch: Watch) -> StepFigures:
-    """Forward, backward and update of one optimizer step. One host synchronisation."""
-    sums, record_ids = _accumulate(session, step)
-    if asked:
-        sums[3] = 1.0
-    if session.accelerator.num_processes > 1:
-        _sum_over_ranks(session, sums)
-    session.scaler.unscale_(session.optimizer)
-    names = [str(group["name"]) for group in session.optimizer.param_groups]
-    by_component = _grad_norms(session) if len(names) > 1 else []
-    ups = _up_norms(session) if watch.alarms.want_up_norms else []
-    norm = optim.clip(session.parameters, session.section.max_grad_norm)
-    read = torch.cat([sums, torch.stack([norm, *(by_component or [norm]), *ups])]).tolist()
-    total, instance, prior, stopping, grad_norm = read[:5]
-    line: dict[str, Any] = {"loss": total, "loss_instance": instance}
-    if session.n_class:
-        line["loss_prior"] = prior
-    line["grad_norm"] = grad_norm
-    grad_norms = dict(zip(names, read[5 : 5 + len(names)], strict=True))
-    wrong = wrong_parts(line, grad_norms)
-    overflow = False
-    if wrong:
-        record_ids = gather_object(record_ids) if session.accelerator.num_processes > 1 else record_ids
-        overflow = _skip(session, line, wrong, record_ids)
-    else:
-        session.scaler.step(session.optimizer)
-        session.scaler.update()
-    session.optimizer.zero_grad(set_to_none=True)
-    return StepFigures(
-        line=line,
-        record_ids=record_ids,
-        wrong=() if overflow else wrong,
-        overflow=overflow,
-        grad_norms=grad_norms,
-        up_norms=dict(zip(names, read[5 + len(names) :], strict=True)) if ups else {},
-        stopping=stopping > 0,
-    )
+def _maker(session: Session) -> Callable[[int], Forwards]:
+    """Step -> all that it needs from the host; runs on a thread."""
+    pin = session.accelerator.device.type == "cuda"
+    path, seed = session.step_parts.path, session.seed
+    return lambda step: make(session.batches, path, seed, step, pin=pin)
 
 
-def _accumulate(session: Session, step: int) -> tuple[torch.Tensor, list[str]]:
-    """Gradients of all micro-batches of this rank.
+@dataclass
+class _Told:
+    """Steps that run or are done, and what is told of them: metrics, progress, trackers, alarms, the guard.
 
-    Returns:
-        [4] loss, the subject's, the class images', and 0; and the examples.
+    Attributes:
+        session: what runs.
+        metrics: gets a line per step.
+        task: the progress bar.
+        watch: alarms and the guard.
+        reporter: hears the alarms.
+        stopping: some rank had been asked to stop before the last told step ended.
     """
-    device = session.accelerator.device
-    sums = torch.zeros(4, device=device)
-    record_ids: list[str] = []
-    for turn, micro_batch in enumerate(session.batches(step)):
-        for batch in micro_batch:
-            record_ids.extend(batch.record_ids)
-            rows = class_rows(batch)
-            moved = to_device(batch, device)
-            eps, level = draw_noise(
-                session.step_parts.path,
-                session.seed,
-                step,
-                batch.positions,
-                batch.latents.shape[1:],
-                device=device,
+
+    session: Session
+    metrics: MetricsLog
+    task: Task
+    watch: Watch
+    reporter: Reporter
+    stopping: bool = False
+    waiting: deque[tuple[int, float, Launched]] = field(default_factory=deque)
+
+    def add(self, step: int, lr: float, launched: Launched) -> None:
+        """A step was launched; `step` counts it."""
+        self.waiting.append((step, lr, launched))
+
+    def tell(self, *, since_s: float, hold: int) -> None:
+        """Tell of all steps but the last `hold`; waits until they are done.
+
+        Raises:
+            TrainingError: the run does not learn any more.
+        """
+        while len(self.waiting) > hold:
+            step, lr, launched = self.waiting.popleft()
+            figures = launched()
+            seconds = time.perf_counter() - since_s
+            line = {"step": step, **figures.line, "lr": lr, "step_s": seconds}
+            if self.session.accelerator.is_main_process:
+                self.metrics.append(line)
+            self.task.advance(1, loss=f"{line['loss']:.4f}", lr=f"{lr:.1e}")
+            numbers = {key: value for key, value in line.items() if isinstance(value, float)}
+            self.session.accelerator.log(numbers, step=step)
+            self.watch.note(
+                figures, self.reporter, step=step, seconds=seconds, diagnosis=self.session.diagnosis
             )
-            with session.autocast(), session.randomness(step, turn):
-                terms = micro_step(
-                    session.step_parts,
-                    moved,
-                    eps,
-                    level,
-                    class_rows=rows,
-                    n_instance=session.n_instance,
-                    n_class=session.n_class,
-                )
-            session.scaler.scale(terms.total).backward()  # type: ignore[no-untyped-call]
-            sums[:3] += torch.stack([terms.total.detach(), terms.instance.detach(), terms.prior.detach()])
-    return sums, record_ids
-
-
-def _skip(session: Session, line: dict[str, Any], wrong: Sequence[str], record_ids: Sequence[str]) -> bool:
-    """Mark a step that is not applied; whether lowering the loss scale can mend it.
-
-    A loss that is not finite says nothing about the scale: halving it for a bad photo in every epoch would
-    bring it to 0. Below 1 the scale does not help any more.
-    """
-    scaler = session.scaler
-    scale = float(scaler.get_scale())
-    line.update(skipped=True, record_ids=list(record_ids), not_finite=list(wrong))
-    if not math.isfinite(line["loss"]):
-        scaler.update(scale)
-        return False
-    scaler.update()
-    overflow = scaler.is_enabled() and scale > 1.0
-    if overflow:
-        line.update(overflow=True, loss_scale=scale)
-    return overflow
-
-
-def _grad_norms(session: Session) -> list[torch.Tensor]:
-    """2-norm of the gradient of each component; 0 where there is none."""
-    zero = torch.zeros((), device=session.accelerator.device)
-    norms = []
-    for group in session.optimizer.param_groups:
-        gradients = [p.grad for p in group["params"] if p.grad is not None]
-        norms.append(torch.nn.utils.get_total_norm(gradients) if gradients else zero)
-    return norms
-
-
-def _up_norms(session: Session) -> list[torch.Tensor]:
-    """2-norm of all lora_B of each component."""
-    ups = {id(weight) for weight in session.up_weights}
-    return [
-        torch.nn.utils.get_total_norm([p.detach() for p in group["params"] if id(p) in ups])
-        for group in session.optimizer.param_groups
-    ]
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch with its tensors on `device`."""
-    if device.type == "cpu":
-        return batch
-    return Batch(
-        latents=batch.latents.to(device, non_blocking=True),
-        cond={name: tensor.to(device, non_blocking=True) for name, tensor in batch.cond.items()},
-        geometry=batch.geometry,
-        weight=batch.weight.to(device, non_blocking=True),
-        is_instance=batch.is_instance.to(device, non_blocking=True),
-        record_ids=batch.record_ids,
-        positions=batch.positions,
-    )
-
-
-def _sum_over_ranks(session: Session, sums: torch.Tensor) -> None:
-    """Gradients add up: each rank's loss is already divided by the counts over all ranks."""
-    for parameter in session.parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.copy_(session.accelerator.reduce(parameter.grad, reduction="sum"))
-    sums.copy_(session.accelerator.reduce(sums, reduction="sum"))
-
-
-def _tell(session: Session, metrics: MetricsLog, line: Mapping[str, Any], task: Task) -> None:
-    """Metrics, progress, trackers."""
-    if session.accelerator.is_main_process:
-        metrics.append(line)
-    task.advance(1, loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}")
-    figures = {key: value for key, value in line.items() if isinstance(value, float)}
-    session.accelerator.log(figures, step=line["step"])
+            self.stopping = figures.stopping
 
 
 @contextmanager

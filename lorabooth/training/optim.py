@@ -68,6 +68,7 @@ def make(
     *,
     strict: bool,
     reporter: Reporter,
+    captured: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer that the recipe names, if it really works here.
 
@@ -80,6 +81,7 @@ def make(
         device: where the parameters are.
         strict: fail instead of falling back.
         reporter: hears what is used instead, and how much of the state is 8-bit.
+        captured: its steps will be recorded: the learning rates are tensors, which can change afterwards.
 
     Raises:
         RecipeError: `strict`, and the optimizer does not work here.
@@ -95,7 +97,15 @@ def make(
         if not problem:
             return _eight_bit(name, param_groups, reporter)
         _fall_back(f'optim.name = "{name}" does not work here: {problem}', "adamw", strict, reporter)
-    return torch.optim.AdamW(param_groups, fused=device.type in _FUSED_DEVICES)
+    if captured:
+        for group in param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+    # A recorded step must count on the device; a CPU's is not recorded, and its optimizer refuses the option.
+    return torch.optim.AdamW(
+        param_groups,
+        fused=device.type in _FUSED_DEVICES,
+        capturable=captured and device.type == "cuda",
+    )
 
 
 def eight_bit_problem(name: str, device: torch.device) -> str:
@@ -152,12 +162,18 @@ def lr_at(section: OptimSection, base_lr: float, step: int, total_steps: int) ->
 def set_lr(optimizer: torch.optim.Optimizer, section: OptimSection, step: int, total_steps: int) -> float:
     """Give every group its learning rate for this step.
 
+    A rate that is a tensor (of a captured optimizer) is filled in its place.
+
     Returns:
         The first group's, for the log.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr_at(section, group["base_lr"], step, total_steps)
-    return float(optimizer.param_groups[0]["lr"])
+    rates = [lr_at(section, group["base_lr"], step, total_steps) for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return rates[0]
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -39,6 +39,7 @@ class Previews:
         folder: where they are written.
         adapter_off: context with the adapter switched off.
         reporter: hears of progress and failures.
+        at_once: images drawn together; None is all of a prompt.
         whole: context in which the denoiser is whole; of a hollowed one the deep middle is loaded again.
     """
 
@@ -54,6 +55,7 @@ class Previews:
     folder: RunFolder
     adapter_off: Callable[[], AbstractContextManager[Any]]
     reporter: Reporter
+    at_once: int | None = None
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def draw(self, step: int, *, adapter: bool = True) -> Path | None:
@@ -78,7 +80,7 @@ class Previews:
                     guidance=self.guidance,
                     height_px=self.side_px,
                     width_px=self.side_px,
-                    batch_size=len(self.seeds),
+                    batch_size=len(self.seeds) if self.at_once is None else min(self.at_once, len(pairs)),
                     encoded=self.encoded,
                     reporter=self.reporter,
                 )

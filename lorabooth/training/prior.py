@@ -26,9 +26,26 @@ from lorabooth.rng import seed_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
-Generate = Callable[[Sequence[str], Sequence[int]], "Sequence[Image]"]
-"""(prompts, seeds), equally many -> as many RGB images."""
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One image that was drawn.
+
+    Attributes:
+        image: RGB.
+        latent: [C,h,w] that it was decoded from, or None.
+    """
+
+    image: Image
+    latent: Tensor | None = None
+
+
+Generate = Callable[[Sequence[str], Sequence[int]], Sequence[Drawn]]
+"""(prompts, seeds), equally many -> as many images."""
+KeepLatent = Callable[[str, "Tensor"], object]
+"""(hex digest of an image file's bytes, latent that it was decoded from); keeps the latent."""
 
 # Part of the key: to be raised when the same facts would give other pixels. 2: groups.
 _CODE_VERSION = 2
@@ -95,6 +112,7 @@ def ensure_class_images(
     generate: Generate,
     sampler: SamplerFacts,
     reporter: Reporter | None = None,
+    keep_latent: KeepLatent | None = None,
 ) -> ClassImages:
     """Find or draw `count` class images.
 
@@ -107,6 +125,8 @@ def ensure_class_images(
             arithmetic) of prompt i and seed i only. Called with `sampler.group` of them, or with one.
         sampler: how `generate` draws, and how many at once.
         reporter: hears of the progress.
+        keep_latent: gets every image's latent before the image is written, so that no image that is there
+            lacks it.
 
     Returns:
         The images; every one decodes, has the right size and is neither black nor flat.
@@ -118,7 +138,7 @@ def ensure_class_images(
     """
     key = class_images_key(base_key=base_key, prompt=prompt, sampler=sampler)
     folder = folder_root / f"{slug(prompt)}-{key[:16]}"
-    job = _Job(folder, key, base_key, prompt, sampler, generate, reporter or Silent())
+    job = _Job(folder, key, base_key, prompt, sampler, generate, reporter or Silent(), keep_latent)
     with _locked(job):
         _tidy(job)
         paths = tuple(folder / f"{index:06d}.png" for index in range(count))
@@ -138,6 +158,7 @@ class _Job:
     sampler: SamplerFacts
     generate: Generate
     reporter: Reporter
+    keep_latent: KeepLatent | None
 
     def facts(self) -> bytes:
         """The text of images.json: what the key was made of. No paths."""
@@ -154,7 +175,7 @@ class _Job:
         """One seed per image and attempt, a function of the key."""
         return seed_for(int(self.key[:15], 16), attempt, 0, "class image", index)
 
-    def draw(self, indices: Sequence[int], attempt: int) -> Sequence[Image]:
+    def draw(self, indices: Sequence[int], attempt: int) -> Sequence[Drawn]:
         """One batch."""
         seeds = [self.seed(index, attempt) for index in indices]
         images = self.generate([self.prompt] * len(seeds), seeds)
@@ -207,23 +228,26 @@ def _draw(job: _Job, missing: Sequence[int], paths: Sequence[Path]) -> int:
     with job.reporter.task(f'Class images "{job.prompt}"', len(paths), unit="image", start=done) as task:
         for first in sorted({index // size * size for index in missing}):
             indices = range(first, first + size)
-            for index, image in zip(indices, job.draw(indices, 0), strict=True):
+            for index, drawn in zip(indices, job.draw(indices, 0), strict=True):
                 if index not in wanted:
                     continue
-                attempt, lively = _lively(job, index, image)
+                attempt, lively = _lively(job, index, drawn)
                 rejected += attempt
-                _save_png(paths[index], lively, job.prompt, job.seed(index, attempt))
+                content = _png(lively.image, job.prompt, job.seed(index, attempt))
+                if lively.latent is not None and job.keep_latent is not None:
+                    job.keep_latent(hashlib.sha256(content).hexdigest(), lively.latent)
+                _write(paths[index], content)
                 task.advance()
     return rejected
 
 
-def _lively(job: _Job, index: int, image: Image) -> tuple[int, Image]:
+def _lively(job: _Job, index: int, drawn: Drawn) -> tuple[int, Drawn]:
     """The first attempt that is not flat, and its number; those after the given one are drawn alone."""
     for attempt in range(_MAX_ATTEMPTS):
         if attempt:
-            (image,) = job.draw([index], attempt)
-        if _is_lively(image):
-            return attempt, image
+            (drawn,) = job.draw([index], attempt)
+        if _is_lively(drawn.image):
+            return attempt, drawn
     raise _nothing_drawn(job, index)
 
 
@@ -270,7 +294,8 @@ def _is_good_file(path: Path, sampler: SamplerFacts) -> bool:
         return False
 
 
-def _save_png(path: Path, image: Image, prompt: str, seed: int) -> None:
+def _png(image: Image, prompt: str, seed: int) -> bytes:
+    """A lossless file that says what it shows."""
     from PIL.PngImagePlugin import PngInfo
 
     facts = PngInfo()
@@ -278,7 +303,7 @@ def _save_png(path: Path, image: Image, prompt: str, seed: int) -> None:
     facts.add_text("seed", str(seed))
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG", pnginfo=facts)
-    _write(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorabooth.families.base import Defaults, Source
 from lorabooth.memory.facts import Device
+from lorabooth.memory.quantise import KINDS
 from lorabooth.prompts import class_prompt
 from lorabooth.recipe import AdapterSection, OptimSection, PriorSection, Recipe, SubjectSection
 
@@ -55,6 +56,7 @@ def resolve(
     defaults: Defaults,
     device: Device,
     find_token: Callable[[int], tuple[str, str]],
+    hollow_keep: Callable[[], tuple[int, str]] | None = None,
 ) -> Resolved:
     """Replace every "auto" of a recipe.
 
@@ -64,6 +66,7 @@ def resolve(
         defaults: the family's figures for this base.
         device: where training runs.
         find_token: subject's index -> (rare identifier, reason), looked up in the base's tokenizer.
+        hollow_keep: (outer levels of the denoiser that stay, reason), for memory.hollow; None leaves "auto".
 
     Returns:
         The recipe with values (keys that mean nothing here stay "auto"), and the list of choices.
@@ -82,8 +85,10 @@ def resolve(
     prior = _prior(recipe.prior, subjects, defaults, by_family, pick)
     side_px, trained_at = defaults.resolution_px, "what the base was trained at"
     resolution = pick("images.resolution", recipe.images.resolution, side_px, trained_at)
-    compute = pick("memory.precision", recipe.memory.precision, precision, why)
     given = recipe.memory
+    if given.base_precision in KINDS and precision == "fp32":
+        precision, why = "bf16", f"as exact as a base in {given.base_precision} needs"
+    compute = pick("memory.precision", recipe.memory.precision, precision, why)
     memory = given.model_copy(
         update={
             "precision": compute,
@@ -93,6 +98,10 @@ def resolve(
             ),
         }
     )
+    if given.hollow and hollow_keep is not None:
+        keep, share = hollow_keep()
+        found = pick("memory.hollow_keep", given.hollow_keep, keep, share)
+        memory = memory.model_copy(update={"hollow_keep": found})
     update = {
         "model": model,
         "subjects": subjects,

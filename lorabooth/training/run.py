@@ -6,7 +6,7 @@ photos -> base -> class images -> caches -> adapter -> steps -> samples
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,16 +19,19 @@ from lorabooth.adapters.metadata import Metadata
 from lorabooth.data import images as data_images
 from lorabooth.data.cache import Store, default_root
 from lorabooth.errors import InterruptedRunError
-from lorabooth.families.reload import with_vae
-from lorabooth.progress import Reporter
+from lorabooth.families.reload import load_denoiser
+from lorabooth.memory import hollow
+from lorabooth.progress import Reporter, Silent
 from lorabooth.recipe import Recipe
 from lorabooth.training import folder as folders
 from lorabooth.training import going_on, space, state
 from lorabooth.training import identity as identities
+from lorabooth.training import pool as pools
 from lorabooth.training.alarms import Watch
 from lorabooth.training.caching import cache_and_release
 from lorabooth.training.class_images import class_examples
 from lorabooth.training.compose import ADAPTER_NAME, attach, compose
+from lorabooth.training.eta import Eta
 from lorabooth.training.facts import Ledger
 from lorabooth.training.folder import RunFolder
 from lorabooth.training.going_on import Standing
@@ -37,9 +40,12 @@ from lorabooth.training.log import MetricsLog
 from lorabooth.training.log import read as read_metrics
 from lorabooth.training.loop import Hooks, Session, run_steps
 from lorabooth.training.plan import choices_text
+from lorabooth.training.planned import Planned, miss_texts
 from lorabooth.training.previews import Previews
 from lorabooth.training.processes import process_state
+from lorabooth.training.ran_out import RanOutError, Shortage, detail_of, forecast_phase, is_shortage
 from lorabooth.training.setting import Clock, Setting, open_setting, summary_lines
+from lorabooth.training.speed import speed_facts
 from lorabooth.training.studio import Studio
 from lorabooth.training.subjects import preview_prompts
 from lorabooth.version import __version__
@@ -69,7 +75,13 @@ class Outcome:
 
 
 def run(
-    recipe: Recipe, *, out: Path | None, studio: Studio, reporter: Reporter, fresh: bool = False
+    recipe: Recipe,
+    *,
+    out: Path | None,
+    studio: Studio,
+    reporter: Reporter,
+    fresh: bool = False,
+    planned: Planned | None = None,
 ) -> Outcome:
     """Train, or go on with an unfinished run of the same recipe.
 
@@ -79,8 +91,10 @@ def run(
         studio: draws images.
         reporter: hears of everything.
         fresh: start over in a new folder beside one that is taken.
+        planned: what was predicted of its memory, to be held against what it takes.
 
     Raises:
+        RanOutError: memory ran out; it says where.
         LoraboothError: see errors.py; the state that was reached is on disk.
     """
     clock = Clock()
@@ -103,13 +117,16 @@ def run(
         going_on.tell(standing, reporter)
         if standing.finished:
             return _left_alone(standing, setting.recipe, reporter)
-        ledger = Ledger(folder, setting, clock, folders.read_json(folder.facts))
+        ledger = Ledger(folder, setting, clock, folders.read_json(folder.facts), planned)
         if is_main:
             _begin(standing, setting.recipe, identity, ledger, reporter)
             # Killed after its last save and before this, a run would keep one checkpoint too many for good.
             _rotate(folder, setting.recipe.run.keep, reporter)
         with _ends_told(ledger, is_main=is_main):
-            return _run_phases(standing, setting, ledger, studio, reporter)
+            outcome = _run_phases(standing, setting, ledger, studio, reporter)
+        for miss in miss_texts(planned, clock):
+            reporter.warn(f"memory: {miss}")
+        return outcome
 
 
 def _left_alone(standing: Standing, recipe: Recipe, reporter: Reporter) -> Outcome:
@@ -158,9 +175,26 @@ def _ends_told(ledger: Ledger, *, is_main: bool) -> Iterator[None]:
                 "interrupted at once; what is finished (class images, encoded photos, checkpoints) is kept.",
                 again,
             ) from None
+        if is_shortage(error):
+            raise RanOutError(_shortage(ledger, error)) from None
         raise
     if is_main:
         ledger.write("finished")
+
+
+def _shortage(ledger: Ledger, error: BaseException) -> Shortage:
+    """What ran out where, without holding on to anything."""
+    setting, failed = ledger.setting, ledger.clock.failed
+    return Shortage(
+        phase=forecast_phase(failed[0] if failed else ""),
+        steps=going_on.find(ledger.folder, int(setting.recipe.optim.steps), Silent()).steps,
+        recipe=setting.recipe,
+        source=setting.parts.source,
+        device=setting.device,
+        folder=ledger.folder,
+        detail=detail_of(error),
+        alone=process_state().num_processes == 1,
+    )
 
 
 def _run_phases(
@@ -174,9 +208,23 @@ def _run_phases(
     ledger.note("class_images", dict(classes.facts))
     with clock.phase("caching"), accelerator.main_process_first():
         examples, encoded = cache_and_release(setting, classes.records, store, reporter)
-    attached = attach(setting, accelerator.device, reporter)
+    with clock.phase("setting up"):
+        attached = attach(setting, accelerator.device, reporter)
     ledger.note("adapter", {"modules": attached.n_modules, "parameters": attached.n_parameters})
-    session = compose(setting, examples, attached, accelerator=accelerator, reporter=reporter)
+    timed = clock.phase("pool") if any(pools.sizes(recipe)) else nullcontext()
+    with timed, accelerator.main_process_first():
+        pool = pools.prepare(
+            setting,
+            examples,
+            device=accelerator.device,
+            world=accelerator.num_processes,
+            store=store,
+            reporter=reporter,
+        )
+    ledger.note("pool", dict(pool.facts))
+    ledger.note("hollow", pools.hollow_out(setting, attached, reporter))
+    with clock.phase("setting up"):
+        session = compose(setting, examples, attached, accelerator=accelerator, reporter=reporter, pool=pool)
     ledger.note("precision", going_on.precision_name(session))
     watch = Watch()
     if standing.checkpoint is not None:
@@ -190,6 +238,7 @@ def _run_phases(
         grid = _train(standing, setting, session, metrics, previews, ledger, watch, reporter)
     finally:
         ledger.note("warnings", watch.warnings)
+        ledger.note("speed", speed_facts(session))
     accelerator.end_training()
     return replace(_outcome(folder, recipe, standing.total, start, finished_before=False), grid=grid)
 
@@ -230,19 +279,23 @@ def _train(
         if previews is None or not is_main:
             return None
         with clock.phase("samples"):
+            draws.append(step)
             return previews.draw(step, adapter=adapter)
 
-    every = recipe.run.sample_every
+    every, draws = recipe.run.sample_every, list[int]()
     if not (folder.samples / "before" / "grid.png").is_file():
         draw(0, adapter=False)
     # Killed after the checkpoint and before its preview: nobody else would draw it.
     if every and 0 < start < total and start % every == 0 and not going_on.grid_of(folder, start).is_file():
         draw(start)
-    hooks = Hooks(
-        checkpoint=save, preview=draw, checkpoint_every=recipe.run.checkpoint_every, preview_every=every
-    )
-    with clock.phase("training"):
-        run_steps(session, hooks, metrics, start=start, stop=total, reporter=reporter, watch=watch)
+    once_s = {"samples": clock.seconds["samples"] / len(draws)} if draws else {}
+    eta = Eta(total, recipe.run.checkpoint_every, every, previews is not None, once_s, reporter)
+    hooks = Hooks(save, draw, recipe.run.checkpoint_every, every, paced=eta)
+    try:
+        with clock.phase("training"):
+            run_steps(session, hooks, metrics, start=start, stop=total, reporter=reporter, watch=watch)
+    finally:
+        ledger.note("estimated_s", {name: round(seconds, 3) for name, seconds in eta.estimated_s.items()})
     if is_main:
         going_on.deliver(going_on.last(folder, total, reporter), folder)
     return draw(total)
@@ -281,9 +334,13 @@ def _previews(
         return None
     components = setting.parts.components()
     multiple_px = setting.family.resolution_multiple_px(setting.parts)
+
+    def whole() -> AbstractContextManager[None]:
+        return hollow.whole(setting.parts.denoiser, load_denoiser(setting.family, setting.parts))
+
     return Previews(
         family=setting.family,
-        complete=lambda: with_vae(setting.family, setting.parts, setting.device),
+        complete=setting.with_vae,
         studio=studio,
         prompts=preview_prompts(recipe, setting.subjects),
         seeds=range(recipe.run.sample_count),
@@ -294,6 +351,8 @@ def _previews(
         folder=folder,
         adapter_off=lambda: inject.disabled(components),
         reporter=reporter,
+        at_once=None if recipe.memory.images_at_once == "auto" else recipe.memory.images_at_once,
+        whole=whole if recipe.memory.hollow else nullcontext,
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorabooth.data import images
 from lorabooth.data.records import CaptionsError, Scan, Skipped
@@ -17,32 +16,22 @@ from lorabooth.errors import RecipeError
 from lorabooth.families import registry, source, tokens
 from lorabooth.families.base import Defaults, Family, Parts
 from lorabooth.families.release import Released, assert_released, release
+from lorabooth.families.reload import with_vae
+from lorabooth.memory import hollow
 from lorabooth.memory.apply import DTYPES, precision
 from lorabooth.memory.facts import describe_device
+from lorabooth.memory.stream import stream
+from lorabooth.memory.techniques import require_techniques, save_vae_memory
 from lorabooth.progress import Reporter
 from lorabooth.recipe import Recipe, check, from_mapping
 from lorabooth.recipe.rules import printable
 from lorabooth.training import subjects
+from lorabooth.training.clock import Clock as Clock
+from lorabooth.training.compiled import require_speed
 from lorabooth.training.plan import PartFacts
 from lorabooth.training.processes import process_state
 from lorabooth.training.resolve import Choice, native_precision, resolve
 from lorabooth.training.subjects import Photos, Subject
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Seconds per phase, in order."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time what happens inside; adds up when entered again."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
 @dataclass
@@ -58,7 +47,7 @@ class LoadedBase:
     def to(self, device: torch.device, *names: str) -> None:
         """Move components ("vae", "text_encoder", ...) to a device."""
         for name, module in {"vae": self.parts.vae, **self.parts.components()}.items():
-            if name in names and module is not None:
+            if name in names and module is not None and _is_elsewhere(module, device):
                 module.to(device)
 
     def release(self, *names: str) -> Released:
@@ -126,6 +115,16 @@ class Setting:
         """The base's parts that are in memory now."""
         return self.base.parts
 
+    def with_vae(self) -> Parts:
+        """They, with a VAE; the caller drops the result to free what was loaded for it."""
+        complete = with_vae(self.family, self.parts, self.device)
+        save_vae_memory(complete.vae, self.recipe.memory)
+        return complete
+
+
+def _is_elsewhere(module: nn.Module, device: torch.device) -> bool:
+    return any(tensor.device != device for tensor in (*module.parameters(), *module.buffers()))
+
 
 def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
     """Check the photos, load the base, resolve "auto".
@@ -146,6 +145,8 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
         resolution = recipe.images.resolution
         side_px = defaults.resolution_px if resolution == "auto" else resolution
         _require_agreement(recipe, defaults, device)
+        require_techniques(recipe.memory, device)
+        require_speed(recipe.speed, device)
         photos = _gather(recipe, resolution_px=side_px, reporter=reporter)
     for path, warning in photos.report.warnings:
         reporter.warn(f"{printable(path.name)}: {warning}")
@@ -162,8 +163,22 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
             taken.append(found.text)
             return found.text, found.reason
 
-        resolved = resolve(recipe, source=base, defaults=defaults, device=facts, find_token=find_token)
+        resolved = resolve(
+            recipe,
+            source=base,
+            defaults=defaults,
+            device=facts,
+            find_token=find_token,
+            hollow_keep=lambda: hollow.automatic_keep(parts.denoiser),
+        )
     recipe = resolved.recipe
+    require_techniques(recipe.memory, device, parts.denoiser)
+    save_vae_memory(parts.vae, recipe.memory)
+    if recipe.memory.stream:
+        # From the start: class images are drawn by a base that may be larger than the device.
+        stream(parts.denoiser, device)
+    if recipe.memory.hollow:
+        hollow.keep_of(parts.denoiser, recipe.memory.hollow_keep)
     named = subjects.subjects_of(recipe)
     photos = replace(photos, scans=subjects.scan_all(named))
     long = _long_captions(family, parts, photos)

@@ -39,7 +39,8 @@ class StepParts:
         condition: from the batch's conditioning to the denoiser's.
         path: noising; its tables already on the training device.
         weighting: weight of an example by its signal-to-noise ratio.
-        targets: `path_targets`, or `distill_targets(...)` for the adapter-off prior.
+        targets: `path_targets`, or for the adapter-off prior `distill_targets(...)`, or `stored_targets`
+            where the teacher's predictions were computed before training.
     """
 
     predict: Predict
@@ -96,6 +97,14 @@ def cached_condition(cond: Cond) -> Cond:
 def path_targets(batch: Batch, noised: Noised, class_rows: Sequence[int]) -> Tensor:  # noqa: ARG001
     """Every example is trained towards the noise path's target: prior modes generated, images and none."""
     return noised.target
+
+
+def stored_targets(batch: Batch, noised: Noised, class_rows: Sequence[int]) -> Tensor:  # noqa: ARG001
+    """As `distill_targets`, from what the frozen base predicted before training: no second forward."""
+    if batch.taught is None:
+        return noised.target
+    of_subject = batch.is_instance.reshape(-1, *(1,) * (noised.target.dim() - 1))
+    return torch.where(of_subject, noised.target, batch.taught.to(noised.target.dtype))
 
 
 def distill_targets(
@@ -166,6 +175,42 @@ def draw_noise(
     level = torch.stack(
         [path.sample_level(generator_for(seed, step, 0, "level", place)) for place in positions]
     )
+    return eps.to(device, dtype, non_blocking=True), level.to(device, non_blocking=True)
+
+
+def noise_of(
+    path: NoisePath,
+    batch: Batch,
+    seed: int,
+    step: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Noise and level of a batch's examples: those of the fixed pool they come from, else `draw_noise`'s.
+
+    Args:
+        path: where levels are drawn from.
+        batch: while it is on the CPU.
+        seed: the run's seed.
+        step: the optimizer step.
+        device: where the result goes.
+        dtype: of the noise.
+
+    Returns:
+        As `draw_noise`.
+    """
+    shape = batch.latents.shape[1:]
+    if not any(batch.fixed):
+        return draw_noise(path, seed, step, batch.positions, shape, device=device, dtype=dtype)
+    rows: list[tuple[Tensor, Tensor]] = []
+    for known, place in zip(batch.fixed, batch.positions, strict=True):
+        if known is None:
+            eps_1Chw, level_1 = draw_noise(path, seed, step, (place,), shape)
+            rows.append((eps_1Chw[0], level_1[0]))
+        else:
+            rows.append((known.eps, known.level))
+    eps, level = (torch.stack(column) for column in zip(*rows, strict=True))
     return eps.to(device, dtype, non_blocking=True), level.to(device, non_blocking=True)
 
 

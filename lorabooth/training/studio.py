@@ -32,6 +32,8 @@ class GenerateImages(Protocol):
         batch_size: int = 1,
         encoded: Mapping[str, Tensor] | None = None,
         reporter: Reporter | None = None,
+        on_latent: Callable[[int, Tensor], None] | None = None,
+        on_smaller: Callable[[int], None] | None = None,
     ) -> list[Image]:
         """See evaluation/generate.py."""
         ...

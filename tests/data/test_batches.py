@@ -14,7 +14,7 @@ from lorabooth.data.cache import CachedLatent
 from lorabooth.data.encode import LatentIndex
 from lorabooth.data.records import record_id
 from lorabooth.rng import generator_for
-from lorabooth.types import Batch, Cond, Geometry, Moments, Record, Role
+from lorabooth.types import Batch, Cond, FixedNoise, Geometry, Moments, PoolTuple, Record, Role
 
 
 def flat(plan: Sequence[Sequence[Sequence[Draw]]]) -> list[Draw]:
@@ -299,3 +299,106 @@ def test_lambda_zero_is_a_weight_like_any_other() -> None:
     (micro,) = plan_step(seed=0, step=0, n_instance=1, n_class=1, batch_size=1)[0]
     (batch,) = batches(micro, own, prior, latents, prior_weight=0.0)
     assert batch.weight.tolist() == [1.0, 0.0]
+
+
+# ---- class examples in every so many steps, and fixed pools ----
+
+
+@given(
+    seed=st.integers(0, 2**62),
+    step=st.integers(0, 1000),
+    every=st.integers(1, 5),
+    pool=st.integers(0, 4),
+    class_pool=st.integers(0, 4),
+    batch_size=counts,
+    accumulate=counts,
+    world=st.integers(1, 3),
+)
+def test_rare_class_examples_and_pools_do_not_depend_on_how_a_step_is_split(
+    seed: int,
+    step: int,
+    every: int,
+    pool: int,
+    class_pool: int,
+    batch_size: int,
+    accumulate: int,
+    world: int,
+) -> None:
+    fixed = {"seed": seed, "step": step, "n_instance": 3, "n_class": 5, "variants": 2, "class_every": every}
+    fixed |= {"pool": pool, "class_pool": class_pool}
+    examples = batch_size * accumulate * world
+    draws = flat(plan_step(**fixed, batch_size=batch_size, accumulate=accumulate, world=world))
+    assert draws == flat(plan_step(**fixed, batch_size=examples))
+    roles = Counter(draw.role for draw in draws)
+    assert roles[Role.INSTANCE] == examples
+    assert roles[Role.CLASS] == (0 if step % every else examples)
+    for draw in draws:
+        slots = pool if draw.role is Role.INSTANCE else class_pool
+        if slots:
+            assert draw.slot is not None
+            assert 0 <= draw.slot < slots
+            assert draw.variant == (draw.slot % 2 if draw.role is Role.INSTANCE else 0)
+        else:
+            assert draw.slot is None
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+def test_rare_class_examples_weigh_as_much_as_if_they_were_in_every_step(every: int) -> None:
+    """Over any `every` steps the weights add up to lambda a step; the whole pool is walked all the same."""
+    weight, steps = 0.5, 12 * every
+    own, prior, latents = world_of(2, 6, 1)
+    sums, seen = [], Counter()
+    for step in range(steps):
+        (micro,) = plan_step(seed=4, step=step, n_instance=2, n_class=6, batch_size=1, class_every=every)[0]
+        total = 0.0
+        for batch in batches(micro, own, prior, latents, step=step, prior_weight=weight * every):
+            total += float(batch.weight[~batch.is_instance].sum())
+            assert torch.all(batch.weight[batch.is_instance] == 1)
+        sums.append(total)
+        seen.update(draw.record for draw in micro if draw.role is Role.CLASS)
+    for first in range(0, steps - every + 1):
+        assert sum(sums[first : first + every]) == pytest.approx(weight * every)
+    assert seen == dict.fromkeys(range(6), 2)
+
+
+def test_photos_are_the_same_however_rare_class_examples_are() -> None:
+    def photos(every: int) -> list[Draw]:
+        options = {"seed": 1, "n_instance": 3, "n_class": 5, "batch_size": 2, "variants": 2}
+        return [draw for draw in walk(9, **options, class_every=every) if draw.role is Role.INSTANCE]
+
+    assert photos(1) == photos(2) == photos(9)
+
+
+def test_every_tuple_of_a_pool_is_seen_equally_often() -> None:
+    draws = walk(5 * 4 * 3, seed=0, n_instance=5, n_class=10, batch_size=1, pool=4, class_pool=3)
+    own = Counter((draw.record, draw.slot) for draw in draws if draw.role is Role.INSTANCE)
+    assert own == dict.fromkeys([(record, slot) for record in range(5) for slot in range(4)], 3)
+    prior = Counter((draw.record, draw.slot) for draw in draws if draw.role is Role.CLASS)
+    assert prior == dict.fromkeys([(record, slot) for record in range(10) for slot in range(3)], 2)
+
+
+def test_a_batch_takes_latents_noise_and_stored_tensors_from_the_pool() -> None:
+    own, prior, latents = world_of(1, 1, 1)
+    (micro,) = plan_step(seed=0, step=0, n_instance=1, n_class=1, batch_size=1, class_pool=2)[0]
+    shape = SHAPES[0]
+    noise = FixedNoise(torch.full(shape, 3.0), torch.tensor(42))
+    known = PoolTuple(torch.full(shape, 5.0), noise, {"target": torch.full(shape, 7.0)})
+    (batch,) = assemble(
+        micro,
+        instance_records=own,
+        class_records=prior,
+        latents=latents,
+        conds={record.caption: {"tokens": torch.zeros(3)} for record in (*own, *prior)},
+        collate=collate,
+        prior_weight=1.0,
+        seed=0,
+        step=0,
+        tuples=lambda draw: known if draw.role is Role.CLASS else None,
+    )
+    assert batch.fixed == (None, noise)
+    assert torch.all(batch.latents[1] == 5.0)
+    assert not torch.any(batch.latents[0] == 5.0)
+    assert batch.taught is not None
+    assert torch.all(batch.taught[1] == 7.0)
+    assert torch.all(batch.taught[0] == 0.0)
+    assert "hollow" not in batch.cond

@@ -10,7 +10,7 @@ import torch
 
 from lorabooth.families import registry, source
 from lorabooth.families.base import Parts
-from lorabooth.families.release import assert_released, release
+from lorabooth.families.release import assert_released, release, require_fall
 
 
 def fresh(tiny_sd: Path) -> Parts:
@@ -63,3 +63,11 @@ def test_the_pipeline_works_without_the_released_parts(tiny_sd: Path) -> None:
         prompt_embeds=cond[:1], negative_prompt_embeds=cond[1:], num_inference_steps=2, output_type="latent"
     ).images
     assert torch.isfinite(latents).all()
+
+
+def test_the_devices_own_count_must_fall_by_what_was_released() -> None:
+    """A view keeps the memory of a tensor that is gone; only the allocator knows."""
+    require_fall("cuda:0", held=100, before=500, after=400)
+    require_fall("cuda:0", held=100, before=500, after=380)
+    with pytest.raises(RuntimeError, match=r"100 bytes were released on cuda:0, but its memory fell by 60"):
+        require_fall("cuda:0", held=100, before=500, after=440)

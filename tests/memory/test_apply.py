@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorabooth.adapters import inject
 from lorabooth.errors import RecipeError, TrainingError
 from lorabooth.families import registry, source
-from lorabooth.memory import apply
+from lorabooth.memory import apply, quantise
 from lorabooth.progress import Silent
 from lorabooth.recipe import MemorySection
 
@@ -25,6 +25,15 @@ class Listener(Silent):
 
     def warn(self, message: str) -> None:
         self.said.append(message)
+
+
+def never(dtype: torch.dtype) -> nn.Module:
+    raise AssertionError("the base is loaded anew where nothing was rounded")
+
+
+def broken(dtype: torch.dtype) -> nn.Module:
+    """A base whose files are as broken as what was loaded of them."""
+    return nn.Module()
 
 
 @pytest.fixture
@@ -124,23 +133,78 @@ def test_checkpointing_a_text_encoder_is_allowed_and_other_modules_are_refused(t
 def test_the_probe_keeps_what_works_and_leaves_no_gradient(unet: nn.Module, name: str) -> None:
     parameters, listener = trained(unet), Listener()
     wanted = apply.Precision(apply.DTYPES[name], apply.DTYPES[name], "")
-    assert apply.probe(forward(unet), parameters, unet, wanted, "cpu", listener) == wanted
+    assert apply.probe(forward(unet), parameters, unet, wanted, "cpu", never, listener) == wanted
     assert listener.said == []
     assert all(p.grad is None for p in parameters)
 
 
-def test_the_probe_steps_down_from_fp16_when_activations_overflow(unet: nn.Module) -> None:
-    """Weights whose products pass 65504 are beyond float16 and well within bfloat16."""
+def test_the_probe_steps_down_from_fp16_with_the_weights_as_they_were(tiny_sd: Path, unet: nn.Module) -> None:
+    """Weights beyond 65504 are infinite in float16; a step down must not be left with those."""
+
+    def damage(net: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            net.conv_out.weight[0, 0, 0, 0] = 1e5
+            net.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = 1 / 3
+        return net
+
+    def reload(dtype: torch.dtype) -> nn.Module:
+        loaded.append(dtype)
+        found = source.resolve(str(tiny_sd))
+        fresh = damage(registry.family(found.family).load(found, torch.float32).denoiser)
+        apply.cast_base(fresh.requires_grad_(False), dtype)
+        return fresh
+
+    loaded: list[torch.dtype] = []
+    parameters, listener = trained(damage(unet)), Listener()
+    before = [p.detach().clone() for p in parameters]
+    exact = {name: p.detach().clone() for name, p in unet.named_parameters() if not p.requires_grad}
+    wanted = apply.Precision(torch.float16, torch.float16, "")
+    used = apply.probe(forward(unet), parameters, unet, wanted, "cpu", reload, listener)
+    assert (used.compute, used.base) == (torch.bfloat16, torch.bfloat16)
+    assert loaded == [torch.bfloat16]
+    assert "fp16 failed" in listener.said[0]
+    assert "going on in bf16" in listener.said[0]
+    for name, weight in unet.named_parameters():
+        if not weight.requires_grad:
+            torch.testing.assert_close(weight.detach(), exact[name].bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close([p.detach() for p in parameters], before, rtol=0, atol=0)
+
+
+def test_a_step_down_that_rounds_nothing_loads_nothing(unet: nn.Module) -> None:
+    """A float32 base under float16 arithmetic is whole: only the activations overflow."""
     parameters, listener = trained(unet), Listener()
     with torch.no_grad():
         unet.conv_out.weight.mul_(3e4)
         unet.conv_norm_out.weight.mul_(3e3)
-    wanted = apply.Precision(torch.float16, torch.float16, "")
-    used = apply.probe(forward(unet), parameters, unet, wanted, "cpu", listener)
-    assert (used.compute, used.base) == (torch.bfloat16, torch.bfloat16)
-    assert "fp16 failed" in listener.said[0]
-    assert "going on in bf16" in listener.said[0]
-    assert unet.conv_in.weight.dtype == torch.bfloat16
+    wanted = apply.Precision(torch.float16, torch.float32, "")
+    used = apply.probe(forward(unet), parameters, unet, wanted, "cpu", never, listener)
+    assert (used.compute, used.base) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("kind", quantise.KINDS)
+def test_the_probe_works_with_a_base_in_few_bits_and_steps_down_beside_it(
+    tiny_sd: Path, unet: nn.Module, kind: str
+) -> None:
+    parameters, listener = trained(unet), Listener()
+    quantise.quantise(unet, kind, "cpu")
+    wanted = apply.precision(MemorySection(base_precision=kind), "cpu")  # type: ignore[arg-type]
+    assert (wanted.compute, wanted.base_name) == (torch.bfloat16, kind)
+    assert apply.probe(forward(unet), parameters, unet, wanted, "cpu", never, listener) == wanted
+    layer = unet.mid_block.resnets[0].conv1
+    stored = [getattr(layer, name).clone() for name in layer.stored_names]
+    found = source.resolve(str(tiny_sd))
+    fresh = registry.family(found.family).load(found, torch.float32).denoiser
+    with torch.no_grad():
+        unet.conv_out.weight.fill_(float("inf"))
+    used = apply.probe(forward(unet), parameters, unet, wanted, "cpu", lambda dtype: fresh, listener)
+    assert (used.compute, used.base, used.storage) == (torch.float32, torch.float32, kind)
+    torch.testing.assert_close([getattr(layer, name) for name in layer.stored_names], stored, rtol=0, atol=0)
+    assert unet.conv_out.weight.dtype == torch.float32
+
+
+def test_few_bits_are_not_for_float32_arithmetic() -> None:
+    with pytest.raises(RecipeError, match='"int8" does not go with'):
+        apply.precision(MemorySection(precision="fp32", base_precision="int8"), "cpu")
 
 
 def test_the_probe_gives_up_on_broken_weights(unet: nn.Module) -> None:
@@ -154,6 +218,7 @@ def test_the_probe_gives_up_on_broken_weights(unet: nn.Module) -> None:
             unet,
             apply.Precision(torch.bfloat16, torch.bfloat16, ""),
             "cpu",
+            broken,
             listener,
         )
     assert len(listener.said) == 1
@@ -166,4 +231,4 @@ def test_the_probe_notices_that_no_gradient_flows(unet: nn.Module) -> None:
         return forward(unet)().detach().requires_grad_()
 
     with pytest.raises(TrainingError, match="no gradient"):
-        apply.probe(cut, parameters, unet, apply.Precision(torch.float32, torch.float32, ""), "cpu")
+        apply.probe(cut, parameters, unet, apply.Precision(torch.float32, torch.float32, ""), "cpu", never)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorabooth.errors import TrainingError
 from lorabooth.families import registry, source
 from lorabooth.memory import attention
 from lorabooth.progress import Silent
@@ -88,3 +89,58 @@ def test_the_proof_finds_wrong_values_and_wrong_gradients() -> None:
     assert "wrong by" in attention._prove(wrong, 40, torch.float32, "cpu")
     assert attention._prove(no_gradient_for_k, 40, torch.float32, "cpu") == "it gives no gradient"
     assert attention._prove(raises, 40, torch.float32, "cpu") == "it does not run (No operator found)"
+
+
+def test_the_kernel_in_use_is_the_one_torch_takes_proven_and_said(tiny_sd: Path) -> None:
+    unet, listener = unet_of(tiny_sd), Listener()
+    choice = attention.set_attention(unet, "auto", reporter=listener)
+    assert choice.kernels == ("flash",), "torch has one for CPUs"
+    assert "flash kernel, proven forward and backward at head sizes 16, 32 in float32" in listener.said[0]
+
+
+def test_a_wrong_kernel_is_refused_and_another_held_to(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a build of torch has a kernel that is wrong at one head size."""
+    prove = attention._prove
+
+    def flash_is_wrong(attend: object, size: int, dtype: torch.dtype, device: object) -> str:
+        if attend is torch.nn.functional.scaled_dot_product_attention and size == 32:
+            return "it is wrong by 0.5"
+        return prove(attend, size, dtype, device)  # type: ignore[arg-type]
+
+    def calls_of(unet: nn.Module) -> set[str]:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            unet(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 77, 32)).sample.sum().backward()
+        return {event.key for event in profiled.key_averages() if "scaled_dot_product" in event.key}
+
+    unet, plain, listener = unet_of(tiny_sd), unet_of(tiny_sd), Listener()
+    for net in (unet, plain):
+        net.conv_in.requires_grad_(True)
+    attention.set_attention(plain, "sdpa")
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    assert any(flash in name for name in calls_of(plain))
+    monkeypatch.setattr(attention, "_prove", flash_is_wrong)
+    monkeypatch.setattr(attention, "_attend_with", _without_flash(attention._attend_with))
+    choice = attention.set_attention(unet, "sdpa", reporter=listener)
+    assert choice.kernels == ("math",)
+    assert "flash kernel at head size 32 in float32: it is wrong by 0.5" in listener.warned[0]
+    assert not any(flash in name for name in calls_of(unet))
+    torch.testing.assert_close(unet.conv_in.weight.grad, plain.conv_in.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def _without_flash(attend_with: object) -> object:
+    def attend(name: str) -> object:
+        if name == "flash":
+            return lambda q, k, v: torch.zeros_like(q)
+        return attend_with(name)  # type: ignore[operator]
+
+    return attend
+
+
+def test_no_right_kernel_at_all_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_prove", lambda *args: "it is wrong by 1")
+    with pytest.raises(TrainingError, match="no attention kernel"):
+        attention.choose_sdpa((16,), torch.float32, "cpu")

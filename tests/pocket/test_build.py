@@ -20,7 +20,7 @@ from lorabooth.pocket.vae import encode_all
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory, small_batches: None) -> BuildPlan:  # noqa: ARG001
+def plan(tmp_path_factory: pytest.TempPathFactory, small_batches: None) -> BuildPlan:
     folder = tmp_path_factory.mktemp("pocket")
     plan = BuildPlan(work=folder / "work", out=folder / "out", minutes=0, scenes=60, processes=1)
     build(plan)

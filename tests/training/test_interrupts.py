@@ -7,19 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from torch import Tensor
 
 import lorabooth
 from lorabooth.errors import InterruptedRunError
 from lorabooth.recipe import Recipe, dump
 from lorabooth.training import state
 from lorabooth.training.loop import Session
-from lorabooth.types import Batch
 from tests.training import runs, sessions
 from tests.training.sessions import Listener, run
 
@@ -35,15 +35,18 @@ def session(tiny_sd: Path, photos: Path, tmp_path: Path) -> Session:
 def test_a_signal_is_answered_with_one_line_and_the_step_is_finished(
     session: Session, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    def batches(step: int) -> Sequence[Sequence[Batch]]:
-        if step == 2:
+    steps: list[int] = []
+
+    def predict(*args: Any) -> Tensor:
+        if len(steps) == 2:
             os.kill(os.getpid(), sent)
             os.kill(os.getpid(), signal.SIGTERM)  # no second Ctrl-C: what started us may pass signals on
-        return session.batches(step)
+        steps.append(len(steps))
+        return session.step_parts.predict(*args)
 
     saved: list[int] = []
     before, listener = signal.getsignal(sent), Listener()
-    asked = replace(session, batches=batches)
+    asked = replace(session, step_parts=replace(session.step_parts, predict=predict))
     with pytest.raises(InterruptedRunError, match=f"by {sent.name} after step 3 of 9"):
         run(asked, tmp_path, range(9), between=sessions.hooks(saved), reporter=listener)
     again = "again" if sent == signal.SIGINT else "Ctrl-C"

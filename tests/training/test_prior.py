@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from lorabooth.errors import BaseModelError, RecipeError, TrainingError
-from lorabooth.training.prior import ClassImages, SamplerFacts, class_images_key, ensure_class_images
+from lorabooth.training.prior import ClassImages, Drawn, SamplerFacts, class_images_key, ensure_class_images
 
 SAMPLER = SamplerFacts("dpm++", steps=2, guidance=3.0, height_px=24, width_px=16, group=3)
 
@@ -36,7 +36,12 @@ def mixing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
 
 def ensure(root: Path, count: int, generate=noise, prompt="a photo of a dog", **more) -> ClassImages:
     options = {"sampler": SAMPLER, "base_key": "tiny@abc", **more}
-    return ensure_class_images(folder_root=root, prompt=prompt, count=count, generate=generate, **options)
+
+    def drawn(prompts: Sequence[str], seeds: Sequence[int]) -> list[Drawn]:
+        made = generate(prompts, seeds)
+        return [one if isinstance(one, Drawn) else Drawn(one) for one in made]
+
+    return ensure_class_images(folder_root=root, prompt=prompt, count=count, generate=drawn, **options)
 
 
 def contents(images: ClassImages) -> list[bytes]:

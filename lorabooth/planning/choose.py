@@ -1,0 +1,345 @@
+"""Which techniques a run needs to fit: the ladder, climbed until every phase is within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lorabooth.families.base import Family, Source
+from lorabooth.memory.facts import Device
+from lorabooth.planning.blocks import block_weights, fewest
+from lorabooth.planning.budget import Budget
+from lorabooth.planning.components import CONTEXT, LIBRARIES
+from lorabooth.planning.forecast import PHASES, Forecast, Phase, forecast, prepared
+from lorabooth.planning.keys import set_text, value_at, with_keys, without_fit, written_keys
+from lorabooth.planning.ladder import COUNTED, LADDER, Rung
+from lorabooth.recipe import Recipe
+
+WORTH_SHARE = 0.01
+"""A technique that makes no phase smaller by so much is not worth its cost."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is planned for.
+
+    Attributes:
+        source: the base; its configs are looked at.
+        family: of the base.
+        device: to plan for; need not be here.
+        budget: that the run may use.
+        problems: (recipe without "auto") -> what the device or its packages cannot do of it; nothing is tried
+            for a device that is not here.
+        predict: as `planning.forecast.forecast`, which it is.
+    """
+
+    source: Source
+    family: Family
+    device: Device
+    budget: Budget
+    problems: Callable[[Recipe], Sequence[str]] = lambda recipe: ()  # noqa: ARG005
+    predict: Callable[..., Forecast] = forecast
+
+    def forecast(self, recipe: Recipe, phases: Collection[str] = PHASES) -> Forecast:
+        """The memory of a recipe here."""
+        return self.predict(recipe, self.source, self.family, self.device, phases=phases)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A technique that a plan takes.
+
+    Attributes:
+        name: of the technique, with its number: "checkpointing, 12 of 44 blocks".
+        keys: what it sets in the recipe.
+        reason: what it does and costs.
+        phase: that it makes most smaller, of those that were too large.
+        saved_bytes: there; the difference of two forecasts.
+        phases: all that it can make smaller.
+    """
+
+    name: str
+    keys: Mapping[str, object]
+    reason: str
+    phase: str
+    saved_bytes: int
+    phases: tuple[str, ...] = ()
+
+    def set_text(self) -> str:
+        """The same as options: "--set memory.checkpointing=true"."""
+        return set_text(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A technique that a plan looked at and does not take."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class WouldFit:
+    """Another recipe that fits, or would need less, where nothing else helps.
+
+    Attributes:
+        change: in words: "at 448 px".
+        options: as options: "--set images.resolution=448".
+        peak_bytes: its forecast, with the plan's techniques.
+        fits: whether that is within the budget.
+    """
+
+    change: str
+    options: str
+    peak_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Techniques for a run, and its memory with them.
+
+    Attributes:
+        source: the base.
+        budget: that it was made for.
+        plain: forecast of the recipe as it stands.
+        chosen: in the order of their cost in speed.
+        passed_over: techniques that do not apply or do not help, as far up as the plan went.
+        recipe: the recipe with what was chosen, and without `memory.fit`.
+        forecast: of that.
+        would_fit: where it does not fit, what would.
+    """
+
+    source: Source
+    budget: Budget
+    plain: Forecast
+    chosen: tuple[Chosen, ...]
+    passed_over: tuple[PassedOver, ...]
+    recipe: Recipe
+    forecast: Forecast
+    would_fit: tuple[WouldFit, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase stays within the budget, margin kept."""
+        return self.forecast.peak_bytes <= self.budget.usable_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "fits": self.fits,
+            "base": {"id": self.source.base_id, "family": self.source.family},
+            "budget": asdict(self.budget),
+            "as_written": self.plain.as_json(),
+            "chosen": [
+                {
+                    "name": each.name,
+                    "keys": dict(each.keys),
+                    "reason": each.reason,
+                    "phase": each.phase,
+                    "saved_bytes": each.saved_bytes,
+                }
+                for each in self.chosen
+            ],
+            "passed_over": [asdict(each) for each in self.passed_over],
+            "planned": self.forecast.as_json(),
+            "would_fit": [asdict(each) for each in self.would_fit],
+        }
+
+
+def plan(recipe: Recipe, case: Case) -> MemoryPlan:
+    """Choose techniques; keys that the recipe has already are kept as they are.
+
+    Args:
+        recipe: "auto" in it is resolved for the device.
+        case: base, device and budget.
+
+    Returns:
+        A plan, which fits or says what would.
+
+    Raises:
+        BaseModelError: the base's configs are missing or broken.
+        RecipeError: the recipe asks for what the base cannot do.
+    """
+    from lorabooth.planning.smaller import what_would_fit
+
+    search = Search.begin(recipe, case)
+    if driver_bytes(search.plain) < case.budget.usable_bytes:
+        search.climb()
+        search.descend()
+    whole = Forecast(
+        case.device,
+        prepared(search.recipe, case.source, case.family, case.device),
+        tuple(search.phases.values()),
+    )
+    made = MemoryPlan(
+        case.source,
+        case.budget,
+        search.plain,
+        tuple(search.chosen),
+        tuple(search.passed_over),
+        without_fit(search.recipe),
+        whole,
+    )
+    over = search.too_large() if driver_bytes(whole) < case.budget.usable_bytes else []
+    return replace(made, would_fit=what_would_fit(search.recipe, case, over)) if over else made
+
+
+def driver_bytes(found: Forecast) -> int:
+    """What the device takes for itself, whatever is run on it."""
+    at_peak = found.peak.usage.at_peak
+    return at_peak.get(CONTEXT, 0) + at_peak.get(LIBRARIES, 0)
+
+
+@dataclass
+class Search:
+    """A plan in the making.
+
+    Attributes:
+        case: base, device, budget.
+        recipe: with what was chosen so far.
+        written: keys that are kept.
+        plain: forecast of the recipe as it stands.
+        phases: the newest forecast of every phase, by name.
+        chosen: so far.
+        passed_over: so far.
+        stale: phases that a technique made smaller, and that were within the budget without it.
+    """
+
+    case: Case
+    recipe: Recipe
+    written: frozenset[str]
+    plain: Forecast
+    phases: dict[str, Phase]
+    chosen: list[Chosen] = field(default_factory=list)
+    passed_over: list[PassedOver] = field(default_factory=list)
+    stale: set[str] = field(default_factory=set)
+
+    @classmethod
+    def begin(cls, recipe: Recipe, case: Case) -> Search:
+        """Forecast the recipe as it stands."""
+        plain = case.forecast(recipe)
+        return cls(case, recipe, written_keys(recipe), plain, {each.name: each for each in plain.phases})
+
+    def too_large(self) -> list[str]:
+        """Phases over the budget."""
+        usable = self.case.budget.usable_bytes
+        return [name for name, phase in self.phases.items() if phase.usage.peak_bytes > usable]
+
+    def climb(self) -> None:
+        """Take rung after rung, until all phases fit or the ladder ends."""
+        for rung in LADDER:
+            over = self.too_large() or self._refreshed()
+            if not over:
+                return
+            helped = [name for name in over if name in rung.phases]
+            if not helped:
+                continue
+            why = self._kept(rung) or self._problem(rung)
+            if not why and not self._take(rung, helped):
+                why = f"saves nothing worth it in {' and '.join(helped)}"
+            if why:
+                self.passed_over.append(PassedOver(rung.name, why))
+        self._refreshed()
+
+    def descend(self) -> None:
+        """Give back what turned out not to be needed: blocks to recompute first, then whole techniques."""
+        if self.too_large():
+            return
+        for each in reversed(self.chosen[:-1]):
+            slack = self.case.budget.usable_bytes - self.phases[each.phase].usage.peak_bytes
+            if each.saved_bytes <= slack and not self._is_needed_by_others(each):
+                self._try_without(each)
+        self._fewest_blocks()
+
+    def _kept(self, rung: Rung) -> str:
+        given = [
+            key
+            for key, value in rung.keys.items()
+            if key in self.written and value_at(self.recipe, key) != value
+        ]
+        return f"the recipe gives {' and '.join(given)}" if given else ""
+
+    def _problem(self, rung: Rung) -> str:
+        """Why a rung does not apply to the recipe as it is now, or cannot be done on the device."""
+        now = prepared(self.recipe, self.case.source, self.case.family, self.case.device)
+        if why := rung.problem(now, self.case.device):
+            return why
+        changed = prepared(with_keys(self.recipe, rung.keys), *self._place)
+        return "; ".join(self.case.problems(changed))
+
+    @property
+    def _place(self) -> tuple[Source, Family, Device]:
+        return self.case.source, self.case.family, self.case.device
+
+    def _take(self, rung: Rung, helped: Sequence[str]) -> bool:
+        """Whether the rung makes a phase smaller that is too large; then it is chosen."""
+        changed = with_keys(self.recipe, rung.keys)
+        after = self._phases_of(changed, helped)
+        saved = {name: self.phases[name].usage.peak_bytes - after[name].usage.peak_bytes for name in helped}
+        phase = max(helped, key=lambda name: saved[name])
+        if saved[phase] < WORTH_SHARE * self.phases[phase].usage.peak_bytes:
+            return False
+        replaced = [each for each in self.chosen if each.keys.keys() == rung.keys.keys()]
+        total = saved[phase] + sum(each.saved_bytes for each in replaced if each.phase == phase)
+        self.chosen = [each for each in self.chosen if each not in replaced]
+        self.chosen.append(Chosen(rung.name, rung.keys, rung.reason, phase, total, rung.phases))
+        self.recipe = changed
+        self.phases.update(after)
+        self.stale |= set(rung.phases) - set(helped)
+        return True
+
+    def _refreshed(self) -> list[str]:
+        """Phases over the budget, all of them forecast anew that have changed."""
+        if self.stale:
+            self.phases.update(self._phases_of(self.recipe, self.stale))
+            self.stale.clear()
+        return self.too_large()
+
+    def _phases_of(self, recipe: Recipe, names: Collection[str]) -> dict[str, Phase]:
+        wanted = [name for name in names if name in self.phases]
+        return {phase.name: phase for phase in self.case.forecast(recipe, wanted).phases}
+
+    def _is_needed_by_others(self, each: Chosen) -> bool:
+        """Offloading and streaming need checkpointing."""
+        further = ("memory.checkpoint_offload", "memory.stream")
+        return "memory.checkpointing" in each.keys and any(
+            key in other.keys for other in self.chosen for key in further
+        )
+
+    def _try_without(self, each: Chosen) -> None:
+        undone = {key: value_at(Recipe(), key) for key in each.keys}
+        changed = with_keys(self.recipe, undone)
+        after = self._phases_of(changed, each.phases)
+        if all(phase.usage.peak_bytes <= self.case.budget.usable_bytes for phase in after.values()):
+            self.chosen.remove(each)
+            self.recipe = changed
+            self.phases.update(after)
+
+    def _fewest_blocks(self) -> None:
+        """The smallest number of recomputed blocks that fits."""
+        place = next((i for i, each in enumerate(self.chosen) if COUNTED in each.keys), None)
+        if place is None or self._is_needed_by_others(self.chosen[place]):
+            return
+        each, weights = self.chosen[place], block_weights(self.case.family, self.case.source)
+        all_phase = self.phases["training"]
+        best = {len(weights): all_phase}
+
+        def peak_bytes(count: int) -> int:
+            tried = self._phases_of(with_keys(self.recipe, {COUNTED: count}), ("training",))["training"]
+            best[count] = tried
+            return tried.usage.peak_bytes
+
+        most = all_phase.usage.peak_bytes + each.saved_bytes
+        count = fewest(peak_bytes, weights, most, all_phase.usage.peak_bytes, self.case.budget.usable_bytes)
+        value: object = "auto" if count == len(weights) else count
+        given_back = best[count].usage.peak_bytes - all_phase.usage.peak_bytes
+        self.chosen[place] = replace(
+            each,
+            name=f"{each.name}, {count} of {len(weights)} blocks",
+            keys={**each.keys, COUNTED: value},
+            saved_bytes=each.saved_bytes - given_back,
+        )
+        self.recipe = with_keys(self.recipe, {COUNTED: value})
+        self.phases["training"] = best[count]

@@ -1,0 +1,108 @@
+"""Real runs on this CPU under the counter, phase by phase, and the forecast of the same recipe."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lorabooth.data.cache import Store
+from lorabooth.evaluation.generate import generate
+from lorabooth.evaluation.grids import draw_grid
+from lorabooth.evaluation.sample import file_name
+from lorabooth.families import registry
+from lorabooth.families.reload import with_vae
+from lorabooth.families.skeleton import resolve_configs
+from lorabooth.memory.facts import Device
+from lorabooth.memory.meter import Meter, Usage
+from lorabooth.planning import components as things
+from lorabooth.planning.forecast import Forecast, forecast
+from lorabooth.progress import Silent
+from lorabooth.recipe import Recipe
+from lorabooth.training import pool as pools
+from lorabooth.training.caching import cache_and_release
+from lorabooth.training.class_images import class_examples
+from lorabooth.training.compose import attach, compose
+from lorabooth.training.prefetch import DEPTH, make
+from lorabooth.training.setting import Clock, open_setting
+from lorabooth.training.studio import Studio
+from lorabooth.training.update import launch
+
+CPU = Device("cpu", "a CPU", 8 << 30, 8 << 30, "", False)
+CARD = Device("cuda", "a card of 8 GiB", 8 << 30, 8 << 30, "8.6", True)
+STUDIO = Studio(generate=generate, draw_grid=draw_grid, file_name=file_name)
+STEPS = 2
+
+
+def predicted(recipe: Recipe, device: Device = CPU, **options: Any) -> Forecast:
+    base = resolve_configs(recipe.model.base)
+    return forecast(recipe, base, registry.family(base.family), device, **options)
+
+
+def measured(recipe: Recipe, work: Path) -> dict[str, Usage]:
+    """Phase -> the highest moment of a real run of two steps on this CPU."""
+    store, found = Store(work / "cache"), {}
+    setting = open_setting(recipe, Clock(), Silent())
+    accelerator = Accelerator()
+    with Meter() as meter:
+        things.hold(meter, setting.parts)
+        classes = class_examples(setting, STUDIO, store, Silent())
+        found["class images"] = meter.usage()
+        gc.collect()
+        meter.reset_peak()
+        examples, encoded = cache_and_release(setting, classes.records, store, Silent())
+        found["caching"] = meter.usage()
+    # Examples in memory are the same in all phases that follow, and left out.
+    with Meter() as meter:
+        things.hold(meter, setting.parts)
+        with meter.during(things.DENOISER):
+            attached = attach(setting, accelerator.device, Silent())
+        things.hold(meter, setting.parts)
+        meter.watch(things.ADAPTER, *attached.parameters())
+        pool = pools.prepare(
+            setting, examples, device=accelerator.device, world=1, store=store, reporter=Silent()
+        )
+        pools.hollow_out(setting, attached, Silent())
+        session = compose(setting, examples, attached, accelerator=accelerator, reporter=Silent(), pool=pool)
+        made = (session.batches, session.step_parts.path, session.seed)
+        # In the loop another thread makes these, which a counter does not see.
+        with meter.during(things.INPUTS):
+            coming = deque(make(*made, step, pin=False) for step in range(DEPTH))
+        with meter.gradients(session.parameters):
+            for step in range(STEPS):
+                with meter.during(things.INPUTS):
+                    coming.append(make(*made, step + DEPTH, pin=False))
+                launch(session, step, coming.popleft(), asked=(), want_up_norms=False)()
+        found["training"] = meter.usage()
+        coming.clear()
+        if recipe.run.sample_count:
+            meter.reset_peak()
+            _draw(setting, encoded, meter)
+            found["previews"] = meter.usage()
+    return found
+
+
+def _draw(setting: Any, encoded: dict[str, torch.Tensor] | None, meter: Meter) -> None:
+    """As `previews.Previews` draws one prompt."""
+    recipe, family = setting.recipe, setting.family
+    with nullcontext(with_vae(family, setting.parts, setting.device)) as parts:
+        meter.watch(things.VAE, parts.vae)
+        side_px = int(recipe.images.resolution)
+        prompt = setting.subjects[0].prompt
+        generate(
+            family.pipeline(replace(parts)),
+            [prompt] * recipe.run.sample_count,
+            list(range(recipe.run.sample_count)),
+            steps=3,
+            guidance=float(recipe.prior.guidance),
+            height_px=side_px,
+            width_px=side_px,
+            batch_size=recipe.run.sample_count,
+            encoded=encoded,
+        )
