@@ -132,8 +132,28 @@ class _Kernels(TorchDispatchMode):
     """Counts operations that launch something: views and questions do not."""
 
     QUIET = frozenset(
-        "view t transpose expand detach slice split split_with_sizes _unsafe_view unsqueeze permute select "
-        "alias as_strided _reshape_alias chunk empty empty_like device new_empty".split()
+        [
+            "view",
+            "t",
+            "transpose",
+            "expand",
+            "detach",
+            "slice",
+            "split",
+            "split_with_sizes",
+            "_unsafe_view",
+            "unsqueeze",
+            "permute",
+            "select",
+            "alias",
+            "as_strided",
+            "_reshape_alias",
+            "chunk",
+            "empty",
+            "empty_like",
+            "device",
+            "new_empty",
+        ]
     )
 
     def __init__(self) -> None:

@@ -286,7 +286,7 @@ def test_a_step_that_reads_the_geometry_cannot_be_captured(compose: Make) -> Non
     session = replace(session, step_parts=replace(session.step_parts, predict=reading))
     graph = captured(session, OnTheSpot())
     # What is captured here runs when it is replayed.
-    with pytest.raises((RecipeError, AttributeError), match="target_px"):
+    with pytest.raises((RecipeError, AttributeError), match="target_px"):  # noqa: PT012 - one of the calls
         for _ in range(5):
             graph(_forwards(session, 0))
 
@@ -302,7 +302,7 @@ def test_the_recipe_says_what_a_recording_cannot_do(tmp_path: Path, photos: Path
         (("adapter.dropout=0.1",), "adapter.dropout"),
         (("speed.compile=auto",), "speed.compile"),
     ):
-        with pytest.raises(RecipeError, match="speed.cuda_graph") as raised:
+        with pytest.raises(RecipeError, match=r"speed\.cuda_graph") as raised:
             recipe(*overrides)
         assert named in str(raised.value)
 
