@@ -94,9 +94,11 @@ def misses(predicted: Mapping[str, int], measured: Mapping[str, int]) -> list[Mi
 
 
 def memory_facts(planned: Planned | None, clock: Clock, device: torch.device) -> dict[str, Any]:
-    """For run.json: {"plan": ..., "stepped_down": ...}, empty values left out."""
+    """For run.json: {"peak_memory_by_phase_bytes", "plan", "stepped_down"}, empty values left out."""
     facts: dict[str, Any] = {}
     by_phase = measured_by_phase(clock)
+    if by_phase:
+        facts["peak_memory_by_phase_bytes"] = by_phase
     measured: dict[str, Any] = {"allocated_bytes": by_phase} if by_phase else process_facts(device)
     if planned is not None and planned.facts:
         wrong = misses(planned.allocated_bytes, by_phase)
