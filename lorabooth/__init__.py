@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorabooth.evaluation.apply import AdapterHandle, load_adapter
     from lorabooth.evaluation.sample import SampleResult, sample
     from lorabooth.exchange import check, extract, merge
-    from lorabooth.planning.choose import MemoryPlan
+    from lorabooth.planning.memory_plan import MemoryPlan
     from lorabooth.progress import Reporter
     from lorabooth.recipe import Recipe
     from lorabooth.training.plan import Plan
@@ -67,7 +67,7 @@ _HOME = {
     "ExtractReport": "adapters.extract",
     "Inspection": "adapters.inspection",
     "LoraboothError": "errors",
-    "MemoryPlan": "planning.choose",
+    "MemoryPlan": "planning.memory_plan",
     "MergeReport": "adapters.merge",
     "Merging": "adapters.merge",
     "Plan": "training.plan",

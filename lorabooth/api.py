@@ -25,7 +25,7 @@ from lorabooth.training.run import Outcome, run
 from lorabooth.training.studio import Studio
 
 if TYPE_CHECKING:
-    from lorabooth.planning.choose import MemoryPlan
+    from lorabooth.planning.memory_plan import MemoryPlan
 
 
 @dataclass(frozen=True)

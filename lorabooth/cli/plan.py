@@ -14,7 +14,7 @@ import typer
 from lorabooth.cli.errors import command
 
 if TYPE_CHECKING:
-    from lorabooth.planning.choose import MemoryPlan
+    from lorabooth.planning.memory_plan import MemoryPlan
     from lorabooth.planning.show import Line
 
 _STYLES = {"title": "bold", "dim": "dim", "peak": "bold yellow", "good": "bold green", "bad": "bold red"}

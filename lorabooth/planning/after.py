@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from lorabooth.errors import LoraboothError, OutOfMemoryError
@@ -11,13 +12,20 @@ from lorabooth.families import registry
 from lorabooth.memory.facts import describe_device
 from lorabooth.planning.blocks import block_weights
 from lorabooth.planning.budget import budget_for, gib_text
-from lorabooth.planning.choose import Case
 from lorabooth.planning.fit import case_of
 from lorabooth.planning.keys import set_text, value_at, with_keys
 from lorabooth.planning.ladder import COUNTED, LADDER, Rung
+from lorabooth.planning.memory_plan import Case
 from lorabooth.recipe import Recipe
 from lorabooth.training.planned import Planned
 from lorabooth.training.ran_out import Shortage
+
+_SMALLER: Mapping[str, str] = MappingProxyType(
+    {
+        "class images": 'images.resolution or with prior.mode = "distill", which draws none',
+        "training": "images.resolution or optim.batch_size",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,9 @@ def next_technique(shortage: Shortage, *, exact: bool) -> Next | None:
     for rung in LADDER:
         if phase not in rung.phases or (exact and not rung.exact) or rung.problem(recipe, case.device):
             continue
+        # Drawing halves its groups by itself when memory runs out.
+        if "memory.images_at_once" in rung.keys:
+            continue
         for keys in _steps(rung, recipe, case):
             changed = with_keys(recipe, keys)
             if case.problems(changed):
@@ -77,9 +88,10 @@ def explained(shortage: Shortage) -> OutOfMemoryError:
     except LoraboothError as error:
         return OutOfMemoryError(f"{what}\n{free}. It cannot be predicted here: {error.what}")
     if found is None:
+        smaller = _SMALLER.get(shortage.phase, "images.resolution")
         return OutOfMemoryError(
             f"{what}\n{free}. Every technique that helps is on.",
-            "Lower images.resolution or optim.batch_size, or take a smaller base (--fresh starts anew).",
+            f"Start anew (--fresh) with a smaller {smaller}, or on a smaller base.",
         )
     numbers = f"{gib_text(found.before_bytes)} were predicted; {free}."
     options = set_text(found.keys)

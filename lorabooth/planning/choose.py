@@ -2,150 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from lorabooth.families.base import Family, Source
 from lorabooth.memory.facts import Device
 from lorabooth.planning.blocks import block_weights, fewest
-from lorabooth.planning.budget import Budget
-from lorabooth.planning.components import CONTEXT, LIBRARIES
-from lorabooth.planning.forecast import PHASES, Forecast, Phase, forecast, prepared
-from lorabooth.planning.keys import set_text, value_at, with_keys, without_fit, written_keys
+from lorabooth.planning.forecast import Forecast, Phase, prepared
+from lorabooth.planning.keys import value_at, with_keys, without_fit, written_keys
 from lorabooth.planning.ladder import COUNTED, LADDER, Rung
+from lorabooth.planning.memory_plan import Case, Chosen, MemoryPlan, PassedOver, driver_bytes
 from lorabooth.recipe import Recipe
 
 WORTH_SHARE = 0.01
 """A technique that makes no phase smaller by so much is not worth its cost."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is planned for.
-
-    Attributes:
-        source: the base; its configs are looked at.
-        family: of the base.
-        device: to plan for; need not be here.
-        budget: that the run may use.
-        problems: (recipe without "auto") -> what the device or its packages cannot do of it; nothing is tried
-            for a device that is not here.
-        predict: as `planning.forecast.forecast`, which it is.
-    """
-
-    source: Source
-    family: Family
-    device: Device
-    budget: Budget
-    problems: Callable[[Recipe], Sequence[str]] = lambda recipe: ()  # noqa: ARG005
-    predict: Callable[..., Forecast] = forecast
-
-    def forecast(self, recipe: Recipe, phases: Collection[str] = PHASES) -> Forecast:
-        """The memory of a recipe here."""
-        return self.predict(recipe, self.source, self.family, self.device, phases=phases)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A technique that a plan takes.
-
-    Attributes:
-        name: of the technique, with its number: "checkpointing, 12 of 44 blocks".
-        keys: what it sets in the recipe.
-        reason: what it does and costs.
-        phase: that it makes most smaller, of those that were too large.
-        saved_bytes: there; the difference of two forecasts.
-        phases: all that it can make smaller.
-    """
-
-    name: str
-    keys: Mapping[str, object]
-    reason: str
-    phase: str
-    saved_bytes: int
-    phases: tuple[str, ...] = ()
-
-    def set_text(self) -> str:
-        """The same as options: "--set memory.checkpointing=true"."""
-        return set_text(self.keys)
-
-
-@dataclass(frozen=True, slots=True)
-class PassedOver:
-    """A technique that a plan looked at and does not take."""
-
-    name: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class WouldFit:
-    """Another recipe that fits, or would need less, where nothing else helps.
-
-    Attributes:
-        change: in words: "at 448 px".
-        options: as options: "--set images.resolution=448".
-        peak_bytes: its forecast, with the plan's techniques.
-        fits: whether that is within the budget.
-    """
-
-    change: str
-    options: str
-    peak_bytes: int
-    fits: bool
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Techniques for a run, and its memory with them.
-
-    Attributes:
-        source: the base.
-        budget: that it was made for.
-        plain: forecast of the recipe as it stands.
-        chosen: in the order of their cost in speed.
-        passed_over: techniques that do not apply or do not help, as far up as the plan went.
-        recipe: the recipe with what was chosen, and without `memory.fit`.
-        forecast: of that.
-        would_fit: where it does not fit, what would.
-    """
-
-    source: Source
-    budget: Budget
-    plain: Forecast
-    chosen: tuple[Chosen, ...]
-    passed_over: tuple[PassedOver, ...]
-    recipe: Recipe
-    forecast: Forecast
-    would_fit: tuple[WouldFit, ...] = ()
-
-    @property
-    def fits(self) -> bool:
-        """Whether every phase stays within the budget, margin kept."""
-        return self.forecast.peak_bytes <= self.budget.usable_bytes
-
-    def as_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {
-            "fits": self.fits,
-            "base": {"id": self.source.base_id, "family": self.source.family},
-            "budget": asdict(self.budget),
-            "as_written": self.plain.as_json(),
-            "chosen": [
-                {
-                    "name": each.name,
-                    "keys": dict(each.keys),
-                    "reason": each.reason,
-                    "phase": each.phase,
-                    "saved_bytes": each.saved_bytes,
-                }
-                for each in self.chosen
-            ],
-            "passed_over": [asdict(each) for each in self.passed_over],
-            "planned": self.forecast.as_json(),
-            "would_fit": [asdict(each) for each in self.would_fit],
-        }
 
 
 def plan(recipe: Recipe, case: Case) -> MemoryPlan:
@@ -165,7 +35,7 @@ def plan(recipe: Recipe, case: Case) -> MemoryPlan:
     from lorabooth.planning.smaller import what_would_fit
 
     search = Search.begin(recipe, case)
-    if driver_bytes(search.plain) < case.budget.usable_bytes:
+    if driver_bytes(search.plain) < case.budget.usable_bytes and search.reaches():
         search.climb()
         search.descend()
     whole = Forecast(
@@ -184,12 +54,6 @@ def plan(recipe: Recipe, case: Case) -> MemoryPlan:
     )
     over = search.too_large() if driver_bytes(whole) < case.budget.usable_bytes else []
     return replace(made, would_fit=what_would_fit(search.recipe, case, over)) if over else made
-
-
-def driver_bytes(found: Forecast) -> int:
-    """What the device takes for itself, whatever is run on it."""
-    at_peak = found.peak.usage.at_peak
-    return at_peak.get(CONTEXT, 0) + at_peak.get(LIBRARIES, 0)
 
 
 @dataclass
@@ -226,6 +90,31 @@ class Search:
         """Phases over the budget."""
         usable = self.case.budget.usable_bytes
         return [name for name, phase in self.phases.items() if phase.usage.peak_bytes > usable]
+
+    def reaches(self) -> bool:
+        """Whether the whole ladder is enough; where it is not, it is taken at once and no rung is weighed."""
+        over = self.too_large()
+        if not over:
+            return True
+        taken: dict[tuple[str, ...], Rung] = {}
+        recipe = self.recipe
+        for rung in LADDER:
+            if set(over) & set(rung.phases) and not (self._kept(rung) or self._problem(rung)):
+                taken[tuple(rung.keys)] = rung
+                recipe = with_keys(recipe, rung.keys)
+        after = self._phases_of(recipe, over)
+        if all(phase.usage.peak_bytes <= self.case.budget.usable_bytes for phase in after.values()):
+            return True
+        phase = max(after, key=lambda name: after[name].usage.peak_bytes)
+        saved = self.phases[phase].usage.peak_bytes - after[phase].usage.peak_bytes
+        keys = {key: value for rung in taken.values() for key, value in rung.keys.items()}
+        name = " + ".join(rung.name for rung in taken.values())
+        if taken:
+            self.chosen = [Chosen(name, keys, "every technique that there is for it", phase, saved)]
+        self.recipe = recipe
+        rest = [name for name in self.phases if name not in after]
+        self.phases.update({**after, **(self._phases_of(recipe, rest) if rest else {})})
+        return False
 
     def climb(self) -> None:
         """Take rung after rung, until all phases fit or the ladder ends."""

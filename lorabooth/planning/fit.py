@@ -17,10 +17,11 @@ from lorabooth.memory.facts import Device, describe_device
 from lorabooth.memory.meter_shapes import ShapesOnly
 from lorabooth.memory.techniques import technique_problems
 from lorabooth.planning.budget import Budget, budget_for, card, device_named, size_of
-from lorabooth.planning.choose import Case, MemoryPlan, plan
+from lorabooth.planning.choose import plan
 from lorabooth.planning.components import CONTEXT
 from lorabooth.planning.keys import value_at, with_keys, without_fit, written_keys
 from lorabooth.planning.ladder import LADDER
+from lorabooth.planning.memory_plan import Case, MemoryPlan
 from lorabooth.planning.show import fits_text, too_little_text
 from lorabooth.progress import Reporter
 from lorabooth.recipe import Recipe, from_mapping, load

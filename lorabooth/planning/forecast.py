@@ -23,7 +23,11 @@ from lorabooth.recipe import Recipe
 from lorabooth.training.resolve import resolve
 
 PHASES = ("class images", "caching", "training", "previews", "saving")
-"""In the order of a run. Those that a recipe does not have are left out of its forecast."""
+"""In the order of a run. Those that a recipe does not have are left out of its forecast.
+
+Merging an adapter back into a base is none: it is another command, which streams weights through the CPU, a
+few MiB at a time (adapters/merge.py), and takes nothing of the device.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lorabooth.planning.budget import GIB, gib_text
-from lorabooth.planning.choose import Chosen, MemoryPlan, driver_bytes
 from lorabooth.planning.forecast import Phase
+from lorabooth.planning.memory_plan import Chosen, MemoryPlan, driver_bytes
 
 MIB = 1 << 20
 BAR_WIDTH = 24
 _WIDE = 104
 """From this width on every phase has a bar."""
+_NAME_WIDTH = 36
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 # Column -> the components in it; what has no column of its own is work space.
 _COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -165,9 +166,16 @@ def _columns(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
 
 def _technique(number: int, each: Chosen, width: int) -> list[Line]:
     saved = f"saves {gib_text(each.saved_bytes)} in {each.phase}"
-    first = f"{number:>2}  {each.name}"
-    gap = max(2, width - len(first) - len(saved))
-    lines = [Line(f"{first}{' ' * min(gap, 44 - len(first) if len(first) < 42 else 2)}{saved}")]
+    *above, last = _wrapped(each.name, width - 4)
+    if len(last) + len(saved) + 6 <= width:
+        heads = [
+            *above,
+            f"{last:<{_NAME_WIDTH}}  {saved}" if len(last) <= _NAME_WIDTH else f"{last}  {saved}",
+        ]
+    else:
+        heads = [*above, last, saved]
+    marks = [f"{number:>2}", *[""] * len(heads)]
+    lines = [Line(f"{mark:<4}{head}") for mark, head in zip(marks, heads, strict=False)]
     for text in (each.reason, each.set_text()):
         lines += [Line(f"    {part}", "dim") for part in _wrapped(text, width - 4)]
     return lines

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from lorabooth.errors import RecipeError
-from lorabooth.planning.choose import Case, WouldFit
 from lorabooth.planning.forecast import PHASES, prepared
 from lorabooth.planning.keys import set_text, with_keys
+from lorabooth.planning.memory_plan import Case, WouldFit
 from lorabooth.recipe import Recipe
 
 STEP_PX = 64
@@ -39,8 +39,11 @@ def _lower_resolution(recipe: Recipe, case: Case, over: Sequence[str]) -> Iterat
     if not sides:
         return
     low, high = 0, len(sides)
-    fits = _peak_bytes(sides[0], recipe, case, over) <= case.budget.usable_bytes
-    while fits and high - low > 1:
+    least_bytes = _peak_bytes(sides[0], recipe, case, over)
+    if least_bytes > case.budget.usable_bytes:
+        yield WouldFit(f"at {sides[0]} px", f"--set images.resolution={sides[0]}", least_bytes, fits=False)
+        return
+    while high - low > 1:
         middle = (low + high) // 2
         # Phases that fit in larger pictures fit in smaller ones.
         if _peak_bytes(sides[middle], recipe, case, over) <= case.budget.usable_bytes:

@@ -14,8 +14,8 @@ from lorabooth.memory.facts import Device
 from lorabooth.memory.meter import Usage, ordered
 from lorabooth.planning.blocks import block_weights
 from lorabooth.planning.budget import Budget, card
-from lorabooth.planning.choose import Case
 from lorabooth.planning.forecast import PHASES, Forecast, Phase, prepared
+from lorabooth.planning.memory_plan import Case
 from lorabooth.recipe import Recipe, from_mapping
 
 GIB = 1 << 30

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from lorabooth.memory.facts import Device
-from lorabooth.planning.choose import MemoryPlan, plan
+from lorabooth.planning.choose import plan
 from lorabooth.planning.forecast import PHASES, Forecast
 from lorabooth.planning.keys import value_at, with_keys, written_keys
 from lorabooth.planning.ladder import COUNTED, LADDER
-from lorabooth.recipe import Recipe, with_overrides
+from lorabooth.planning.memory_plan import MemoryPlan
+from lorabooth.recipe import CHANGEABLE, Recipe, with_overrides
 from tests.planning.cases import GIB, MIB, arithmetic, case, recipe
+
+QUIET = ("prior.mode=none", "run.sample_count=0")
 
 
 def of(base: Path, usable_mib: int, *overrides: str) -> MemoryPlan:
@@ -61,33 +64,45 @@ def test_as_few_blocks_are_recomputed_as_fit(tiny_sd: Path) -> None:
 
 
 def test_what_turns_out_not_to_be_needed_is_given_back(tiny_sd: Path) -> None:
-    quiet = ("prior.mode=none", "run.sample_count=0")
-    made = of(tiny_sd, 700, *quiet)
+    made = of(tiny_sd, 700, *QUIET)
     # int8 leaves room for activations.
     assert made.fits
     assert names(made)[1:] == ["int8 base"]
     assert value_at(made.recipe, COUNTED) != "auto"
 
 
-def test_the_bottom_of_the_ladder(tiny_sd: Path) -> None:
-    made = of(tiny_sd, 50)
-    assert not made.fits
-    order = [rung.name for rung in LADDER]
-    assert names(made) == [
-        "1 image at once",
+def test_techniques_are_in_the_ladders_order(tiny_sd: Path) -> None:
+    made = of(tiny_sd, 510, *QUIET)
+    assert made.fits
+    assert [name.split(",")[0] for name in names(made)] == [
         "VAE tiling",
         "checkpointing",
         "8-bit optimizer",
-        "NF4 base",
-        "checkpoint offload",
-        "streamed base",
+        "int8 base",
     ]
-    assert names(made) == sorted(names(made), key=order.index)
     assert all(each.saved_bytes > 0 and each.reason for each in made.chosen)
     assert {each.name: each.why for each in made.passed_over} == {
-        "VAE slicing": "saves nothing worth it in class images and caching and previews",
+        "VAE slicing": "saves nothing worth it in caching",
         "bf16": "on a GPU it is the default",
     }
+
+
+def test_where_the_ladder_is_too_short_it_is_not_climbed(tiny_sd: Path) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def predict(*given: Any, phases: Collection[str] = PHASES) -> Forecast:
+        asked.append(tuple(phases))
+        return arithmetic(*given, phases=phases)
+
+    made = plan(recipe(tiny_sd), case(tiny_sd, 50 * MIB, predict=predict))
+    assert not made.fits
+    assert len(asked) <= 5
+    (everything,) = made.chosen
+    assert everything.name.startswith("1 image at once + VAE slicing + VAE tiling + checkpointing + ")
+    assert everything.name.endswith(" + NF4 base + checkpoint offload + streamed base")
+    assert everything.saved_bytes == 1400 * MIB
+    assert made.recipe.memory.base_precision == "nf4"
+    assert made.recipe.memory.stream
 
 
 def test_what_would_fit_is_the_largest_picture(tiny_sd: Path) -> None:
@@ -104,24 +119,27 @@ def test_what_would_fit_is_the_largest_picture(tiny_sd: Path) -> None:
 
 
 def test_what_the_recipe_gives_is_kept(tiny_sd: Path) -> None:
-    made = of(
-        tiny_sd, 50, "memory.checkpointing=false", "memory.base_precision=bf16", "memory.vae_tiling=true"
-    )
-    assert made.recipe.memory.checkpointing is False
-    assert made.recipe.memory.base_precision == "bf16"
+    made = of(tiny_sd, 1815, *QUIET, "memory.checkpointing=false")
+    assert made.fits
+    assert names(made) == ["8-bit optimizer"]
+    assert made.passed_over[0].why == "the recipe gives memory.checkpointing"
+    made = of(tiny_sd, 900, *QUIET, "memory.base_precision=bf16", "optim.name=adamw")
+    assert made.fits
     told = {each.name: each.why for each in made.passed_over}
-    assert told["checkpointing"] == "the recipe gives memory.checkpointing"
-    assert told["streamed base"] == "the recipe gives memory.checkpointing"
-    assert told["NF4 base"] == "the recipe gives memory.base_precision"
+    assert told["8-bit optimizer"] == "the recipe gives optim.name"
+    assert told["int8 base"] == told["NF4 base"] == "the recipe gives memory.base_precision"
+    assert made.recipe.memory.base_precision == "bf16"
+    assert names(made)[-1] == "checkpoint offload"
 
 
 def test_what_the_device_cannot_do_is_passed_over(tiny_sd: Path) -> None:
     def problems(wanted: Recipe) -> list[str]:
         return ["bitsandbytes is missing"] if wanted.memory.base_precision == "nf4" else []
 
-    here = case(tiny_sd, 50 * MIB, predict=arithmetic, problems=problems)
-    made = plan(recipe(tiny_sd), here)
-    assert "int8 base" in names(made)
+    here = case(tiny_sd, 505 * MIB, predict=arithmetic, problems=problems)
+    made = plan(recipe(tiny_sd, *QUIET), here)
+    assert made.fits
+    assert names(made)[-2:] == ["int8 base", "checkpoint offload"]
     assert {each.name: each.why for each in made.passed_over}["NF4 base"] == "bitsandbytes is missing"
 
 
@@ -135,7 +153,11 @@ def test_phases_that_fit_are_not_forecast_again(tiny_sd: Path) -> None:
     made = plan(recipe(tiny_sd, "prior.mode=none"), case(tiny_sd, 1500 * MIB, predict=predict))
     assert made.fits
     assert asked[0] == PHASES
-    assert {phases for phases in asked if "training" in phases} == {PHASES, ("training",)}
+    assert {phases for phases in asked if "training" in phases} == {
+        PHASES,
+        ("training", "previews"),
+        ("training",),
+    }
     assert not any("caching" in phases for phases in asked[1:])
 
 
@@ -152,6 +174,11 @@ def test_every_rung_sets_keys_that_there_are() -> None:
         for key, value in rung.keys.items():
             assert value_at(with_keys(Recipe(), {key: value}), key) == value
             assert value_at(Recipe(), key) != value or key == COUNTED
+
+
+def test_what_a_run_may_take_up_midway_is_what_it_may_go_on_with() -> None:
+    for rung in LADDER:
+        assert rung.exact is (rung.keys.keys() <= CHANGEABLE), rung.name
 
 
 def test_a_plan_is_json(tiny_sd: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from lorabooth.errors import OutOfMemoryError, RecipeError
 from lorabooth.memory.facts import Device
 from lorabooth.planning import fit
 from lorabooth.planning.budget import Budget
+from lorabooth.planning.memory_plan import Case
 from lorabooth.recipe import Recipe, dump, load, loads
+from tests.planning.cases import MIB, arithmetic
 from tests.training import runs
 from tests.training.sessions import Listener
 
@@ -26,18 +29,19 @@ def facts(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def small(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A device of which a few bytes less are free than the tiny base's step needs."""
-    from tests.planning.cases import recipe
-
-    written = recipe(tiny_sd, *SHORT, "run.sample_count=0")
-    plain = fit.plan_for(written, vram=None, device="cpu", reporter=Listener())
-    usable = [plain.forecast.phase("training").usage.peak_bytes - 1]
+def small(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device of 1500 MiB, where steps take 1840 MiB by arithmetic; the size can be changed."""
+    usable = [1500 * MIB]
 
     def budget_for(device: Device, size: str = "auto") -> Budget:
         return Budget(usable[0], 0, "free now")
 
+    def case_of(*given: Any) -> Case:
+        return replace(real(*given), predict=arithmetic)
+
+    real = fit.case_of
     monkeypatch.setattr(fit, "budget_for", budget_for)
+    monkeypatch.setattr(fit, "case_of", case_of)
     return usable
 
 
@@ -84,7 +88,7 @@ def test_the_techniques_change_no_byte_of_the_result(
 def test_nothing_is_begun_where_nothing_fits(
     tiny_sd: Path, photos: Path, tmp_path: Path, small: list[int]
 ) -> None:
-    small[0] = 1000
+    small[0] = 50 * MIB
     with pytest.raises(OutOfMemoryError) as error:
         runs.train(tiny_sd, photos, tmp_path / "run", *SHORT, "memory=auto")
     assert error.value.exit_code == 6
@@ -109,6 +113,15 @@ def test_the_short_form_is_the_section() -> None:
     assert loads(dump(short), "r.toml") == short
     assert loads(text.format('memory = "auto"'), "r.toml", ["memory.precision=bf16"]).memory.fit
     assert Recipe.model_validate({"memory": "auto"}).memory.fit
+
+
+def test_a_run_is_rehearsed_where_it_goes(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    done = runs.train(tiny_sd, photos, tmp_path / "run", *SHORT, "memory=auto")
+    plan = facts(tmp_path / "run")["plan"]
+    assert plan["fits"]
+    assert plan["chosen"] == []
+    assert plan["planned"]["device"]["kind"] == "cpu"
+    assert not done.recipe.memory.checkpointing
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ TECHNIQUES = {
     "streamed": ("memory.checkpointing=true", "memory.stream=true"),
 }
 # Each technique on one family, each family with one technique: the others are of the same code, and slow.
-QUICK = {("sd2", "plain"), ("pocket", "bf16")} | {
-    ("sd1", name) for name in ("checkpointing", "text encoder", "distill", "accumulate", "adamw8bit")
+QUICK = {("sd2", "plain"), ("pocket", "checkpointing")} | {
+    ("sd1", name) for name in ("bf16", "text encoder", "distill", "accumulate", "adamw8bit")
 }
 CASES = [
     pytest.param(kind, name, marks=() if (kind, name) in QUICK else pytest.mark.slow)
@@ -171,8 +171,6 @@ def test_what_waits_in_host_memory_is_not_on_the_card(recipe_of) -> None:
 
     plain, streamed = on_card(), on_card("memory.stream=true")
     assert streamed[things.DENOISER] < plain[things.DENOISER] / 2
-    few_bits = on_card("memory.base_precision=int8")
-    assert few_bits[things.DENOISER] < plain[things.DENOISER] * 0.8
 
 
 def test_tokens_do_not_need_a_vocabulary(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:

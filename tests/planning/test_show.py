@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lorabooth.planning.choose import MemoryPlan, plan
+from lorabooth.planning.choose import plan
+from lorabooth.planning.memory_plan import MemoryPlan
 from lorabooth.planning.show import fits_text, plan_lines, too_little_text
 from lorabooth.planning.title import missing_photos, title
 from tests.planning.cases import MIB, arithmetic, case, recipe
