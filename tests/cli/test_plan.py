@@ -79,6 +79,7 @@ def test_bad_options_are_one_message(written: Path, options: list[str], told: st
     assert "Traceback" not in done.output
 
 
+@pytest.mark.slow
 def test_nothing_fits_the_context_alone(written: Path) -> None:
     done = run(written, "--vram", "300MiB")
     assert done.exit_code == 6

@@ -119,6 +119,7 @@ def test_the_first_step_may_be_the_one(
     assert [line["step"] for line in runs.metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_at_the_end_of_the_ladder_it_stops(
     tiny_sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

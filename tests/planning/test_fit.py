@@ -85,6 +85,7 @@ def test_the_techniques_change_no_byte_of_the_result(
     assert planned.adapter.read_bytes() == plain.adapter.read_bytes()
 
 
+@pytest.mark.slow
 def test_nothing_is_begun_where_nothing_fits(
     tiny_sd: Path, photos: Path, tmp_path: Path, small: list[int]
 ) -> None:

@@ -19,6 +19,7 @@ def _part(folder: Path, part: str) -> dict[str, torch.Tensor]:
     return load_file(folder / part / f"{name}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_batches")
 def test_parts_stay_and_the_denoiser_trains_on(tmp_path: Path) -> None:
     first = BuildPlan(work=tmp_path / "a", out=tmp_path / "first", minutes=0, scenes=60, processes=1)
