@@ -70,9 +70,12 @@ class Call:
         names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
         others = {name: value for name, value in kwargs.items() if name not in names}
 
+        # `run` outlives this call: if it held `args` itself, it would keep what `keeping` takes away.
+        count = len(args)
+
         def run(*values: Any) -> Any:
-            by_name = dict(zip(names, values[len(args) :], strict=True))
-            return self._run(*values[: len(args)], **by_name, **others)
+            by_name = dict(zip(names, values[count:], strict=True))
+            return self._run(*values[:count], **by_name, **others)
 
         with self.keeping() if self.keeping else nullcontext():
             return checkpoint(

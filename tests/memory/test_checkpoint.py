@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorabooth.errors import RecipeError
 from lorabooth.memory import checkpoint, host
 from lorabooth.memory.checkpoint import recompute
+from lorabooth.memory.meter import Meter
 from lorabooth.memory.units import checkpoint_units
 from tests.memory import nets
 
@@ -138,3 +139,16 @@ def test_too_many_blocks_and_none_at_all_are_refused(tiny_sd: Path) -> None:
         recompute(unet, available + 1)
     with pytest.raises(RecipeError, match="Linear has no blocks"):
         recompute(nn.Linear(2, 2))
+
+
+def test_what_is_offloaded_is_gone_from_the_device(tiny_sd: Path) -> None:
+    held = {}
+    for offload in (False, True):
+        unet = nets.load(tiny_sd)
+        nets.adapt(unet)
+        recompute(unet, offload=offload, offload_from_bytes=0)
+        with Meter(host_counts=False) as meter:
+            value = nets.loss(unet)
+            held[offload] = meter.live_bytes
+        value.backward()
+    assert held[True] < 0.8 * held[False]
