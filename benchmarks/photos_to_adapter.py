@@ -28,42 +28,18 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.facts import machine_facts  # noqa: E402
 from benchmarks.model_folder import make_photos, make_published_folder, make_sd_folder  # noqa: E402
-
-RECIPE = """
-[model]
-base = "{base}"
-[[subjects]]
-images = "{photos}"
-noun = "dog"
-token = "sks"
-[prior]
-count = {count}
-[adapter]
-rank = 4
-[optim]
-steps = {steps}
-lr = 1e-4
-[images]
-resolution = {resolution}
-[run]
-checkpoint_every = 0
-sample_count = 0
-"""
+from benchmarks.training_recipe import write_recipe  # noqa: E402
 
 
 def ours(work: Path, round_: int, args: argparse.Namespace) -> dict[str, Any]:
     """`lorabooth train` with an empty cache, as a user starts it."""
-    recipe, out = work / f"recipe-{round_}.toml", work / f"ours-{round_}"
-    recipe.write_text(
-        RECIPE.format(
-            base=(work / "model").as_posix(),
-            photos=(work / "photos").as_posix(),
-            count=args.class_images,
-            steps=args.steps,
-            resolution=args.resolution,
-        ),
-        encoding="utf-8",
-    )
+    out = work / f"ours-{round_}"
+    settings: dict[str, object] = {
+        "prior.count": args.class_images,
+        "optim.steps": args.steps,
+        "images.resolution": args.resolution,
+    }
+    recipe = write_recipe(work / f"recipe-{round_}.toml", work / "model", work / "photos", settings)
     env = {**os.environ, "LORABOOTH_CACHE": str(work / f"cache-{round_}")}
     command = [sys.executable, "-m", "lorabooth", "train", str(recipe), "--out", str(out), "--quiet"]
     began = time.perf_counter()

@@ -32,31 +32,9 @@ from benchmarks.model_folder import (  # noqa: E402
     make_sd_folder,
 )
 from benchmarks.step_time import OURS  # noqa: E402
+from benchmarks.training_recipe import own_class_images, write_recipe  # noqa: E402
 
 SMALL_CHANNELS = (32, 64, 128, 128)
-RECIPE = """
-[model]
-base = "{work}/model"
-[[subjects]]
-images = "{work}/photos-{photos}"
-noun = "dog"
-token = "sks"
-[prior]
-mode = "images"
-images = "{work}/class-{class_images}"
-[adapter]
-rank = {rank}
-[optim]
-steps = {steps}
-lr = 1e-4
-schedule = "cosine"
-batch_size = {batch}
-[images]
-resolution = {resolution}
-[run]
-checkpoint_every = 0
-sample_count = 0
-"""
 
 
 def recipe(work: Path, name: str, args: argparse.Namespace, **varied: int) -> Path:
@@ -69,9 +47,16 @@ def recipe(work: Path, name: str, args: argparse.Namespace, **varied: int) -> Pa
         "batch": 1,
         "resolution": args.resolution,
     }
-    path = work / f"{name}.toml"
-    path.write_text(RECIPE.format(work=work.as_posix(), **{**plain, **varied}), encoding="utf-8")
-    return path
+    value = {**plain, **varied}
+    settings: dict[str, object] = {
+        **own_class_images(work / f"class-{value['class_images']}"),
+        "adapter.rank": value["rank"],
+        "optim.steps": value["steps"],
+        "optim.schedule": "cosine",
+        "optim.batch_size": value["batch"],
+        "images.resolution": value["resolution"],
+    }
+    return write_recipe(work / f"{name}.toml", work / "model", work / f"photos-{value['photos']}", settings)
 
 
 def run(work: Path, path: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from benchmarks.model_folder import (  # noqa: E402
     make_published_folder,
     make_sd_folder,
 )
+from benchmarks.training_recipe import own_class_images, write_recipe  # noqa: E402
 
 OURS = """
 import json, resource, sys
@@ -50,31 +51,6 @@ facts = {
     "run": json.loads((result.out / "run.json").read_text("utf-8")),
 }
 Path(sys.argv[3]).write_text(json.dumps(facts))
-"""
-
-RECIPE = """
-[model]
-base = "{base}"
-[[subjects]]
-images = "{photos}"
-noun = "dog"
-token = "sks"
-[prior]
-mode = "images"
-images = "{class_images}"
-[adapter]
-rank = 4
-[optim]
-steps = {steps}
-lr = 1e-4
-[images]
-resolution = {resolution}
-[memory]
-precision = "{precision}"
-[run]
-checkpoint_every = 0
-sample_count = 0
-{more}
 """
 
 
@@ -109,19 +85,15 @@ def environment(device: str) -> dict[str, str]:
     return {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
 
 
-def run_ours(work: Path, round_: int, row: Row, steps: int, more: str = "") -> dict[str, Any]:
+def run_ours(work: Path, round_: int, row: Row, steps: int) -> dict[str, Any]:
     """One training run of lorabooth in a process of its own."""
-    recipe = work / f"recipe-{round_}.toml"
-    text = RECIPE.format(
-        base=(work / "model").as_posix(),
-        photos=(work / "photos").as_posix(),
-        class_images=(work / "class").as_posix(),
-        steps=steps,
-        resolution=row.resolution_px,
-        precision=row.precision,
-        more=more,
-    )
-    recipe.write_text(text, encoding="utf-8")
+    settings: dict[str, object] = {
+        **own_class_images(work / "class"),
+        "optim.steps": steps,
+        "images.resolution": row.resolution_px,
+        "memory.precision": row.precision,
+    }
+    recipe = write_recipe(work / f"recipe-{round_}.toml", work / "model", work / "photos", settings)
     times = work / f"ours-{round_}.json"
     subprocess.run(
         [sys.executable, "-c", OURS, str(recipe), str(work / f"run-{round_}"), str(times)],

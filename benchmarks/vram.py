@@ -29,6 +29,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.facts import machine_facts  # noqa: E402
 from benchmarks.published import write_config_folder  # noqa: E402
+from benchmarks.training_recipe import own_class_images, write_recipe  # noqa: E402
 
 NOT_MEASURED = "not measured"
 _ALL: Mapping[str, object] = MappingProxyType({"memory.checkpointing": True})
@@ -61,37 +62,17 @@ import lorabooth
 from lorabooth.recipe import load
 result = lorabooth.train(load(Path(sys.argv[1]), sys.argv[3:]), out=Path(sys.argv[2]))
 """
-RECIPE = """
-[model]
-base = "{base}"
-[[subjects]]
-images = "{photos}"
-noun = "dog"
-token = "sks"
-[prior]
-mode = "images"
-images = "{class_images}"
-[adapter]
-rank = 16
-[optim]
-steps = {steps}
-lr = 1e-4
-[images]
-resolution = {resolution}
-[run]
-checkpoint_every = 0
-sample_count = 0
-"""
 
 
 def predicted(base: Path, recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The training phase by the forecast, in bytes; the context apart."""
-    from lorabooth.families import registry, skeleton
+    from lorabooth.families import registry
+    from lorabooth.families.source import resolve
     from lorabooth.planning.budget import GIB, card
     from lorabooth.planning.forecast import forecast
     from lorabooth.recipe import load
 
-    source = skeleton.resolve_configs(str(base))
+    source = resolve(str(base), configs_only=True)
     began_s = time.perf_counter()
     found = forecast(
         load(recipe, overrides),
@@ -173,17 +154,13 @@ def _prepare(work: Path, args: argparse.Namespace, *, whole: bool) -> Path:
         make_published_folder(work / "model", args.base, dtype=torch.float16)
     else:
         write_config_folder(work / "model", args.base)
-    recipe = work / "recipe.toml"
-    places = {"base": work / "model", "photos": work / "photos", "class_images": work / "class"}
-    recipe.write_text(
-        RECIPE.format(
-            **{key: path.as_posix() for key, path in places.items()},
-            steps=args.steps,
-            resolution=args.resolution,
-        ),
-        encoding="utf-8",
-    )
-    return recipe
+    settings: dict[str, object] = {
+        **own_class_images(work / "class"),
+        "adapter.rank": 16,
+        "optim.steps": args.steps,
+        "images.resolution": args.resolution,
+    }
+    return write_recipe(work / "recipe.toml", work / "model", work / "photos", settings)
 
 
 _HEADER = f"{'training':<32} {'predicted':>10} {'measured':>13} {'miss':>7} {'step':>9}"

@@ -25,6 +25,7 @@ def resolve(
     family: str = "auto",
     allow_download: bool = True,
     reporter: Reporter | None = None,
+    configs_only: bool = False,
 ) -> Source:
     """Find a base model and tell what it is. Its weights are not read.
 
@@ -34,6 +35,8 @@ def resolve(
         family: "auto", or a family's name to insist on.
         allow_download: False uses only what is on this machine (so does HF_HUB_OFFLINE=1).
         reporter: told of downloads.
+        configs_only: for a prediction: weights and a single file's vocabulary need not be there, and of a hub
+            model nothing but configs is downloaded.
 
     Returns:
         The source, without its digest (see `weights_digest`).
@@ -44,13 +47,13 @@ def resolve(
     """
     if family != "auto":
         registry.family(family)
-    path, commit = locate(base, revision=revision, allow_download=allow_download, reporter=reporter)
-    if base == POCKET_ID:
-        return _source(path, POCKET_ID, family)
-    if not Path(base).expanduser().exists():
-        return _source(path, base, family, commit)
-    source = _source(path, path.resolve().name if path.is_dir() else path.name, family)
-    if path.is_file():
+    path, commit = locate(
+        base, revision=revision, allow_download=allow_download, reporter=reporter, configs_only=configs_only
+    )
+    is_named = base == POCKET_ID or not Path(base).expanduser().exists()
+    own_name = path.resolve().name if path.is_dir() else path.name
+    source = _source(path, base if is_named else own_name, family, commit, configs_only=configs_only)
+    if path.is_file() and not configs_only:
         single_file.require_vocabulary(path, allow_download=allow_download and not hub.is_offline())
     return source
 
@@ -123,9 +126,9 @@ def _file_sha256(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 (p
     return digest.hexdigest()
 
 
-def _source(path: Path, base_id: str, family: str, revision: str = "") -> Source:
+def _source(path: Path, base_id: str, family: str, revision: str, *, configs_only: bool) -> Source:
     detected = registry.inspect(path)
-    if path.is_dir():
+    if path.is_dir() and not configs_only:
         for part in ("unet", "vae", "text_encoder"):
             component_weights(path, part)
     if family not in ("auto", detected.family) and detected.certain:

@@ -12,7 +12,7 @@ import torch
 from lorabooth.errors import OutOfMemoryError, RecipeError
 from lorabooth.families import registry, tokens
 from lorabooth.families.base import Family, Source
-from lorabooth.families.skeleton import resolve_configs
+from lorabooth.families.source import resolve
 from lorabooth.memory.facts import Device, describe_device
 from lorabooth.memory.meter_shapes import ShapesOnly
 from lorabooth.memory.techniques import technique_problems
@@ -99,7 +99,9 @@ def plan_for(recipe: Recipe, *, vram: str | None, device: str | None, reporter: 
 def _base(recipe: Recipe, reporter: Reporter) -> tuple[Source, Family]:
     """The base, by its configs."""
     model = recipe.model
-    source = resolve_configs(model.base, revision=model.revision, family=model.family, reporter=reporter)
+    source = resolve(
+        model.base, revision=model.revision, family=model.family, reporter=reporter, configs_only=True
+    )
     return source, registry.family(source.family)
 
 

@@ -108,7 +108,7 @@ def forecast(
 
     Args:
         recipe: "auto" in it is resolved for `device`.
-        source: the base; configs are enough (`families.skeleton.resolve_configs`).
+        source: the base; configs are enough (`families.source.resolve(configs_only=True)`).
         family: of the base.
         device: to predict for: one of this machine's, or the description of any other.
         phases: to predict; training alone takes a few seconds for a base of SD's size.

@@ -6,25 +6,18 @@ photos -> base -> class images -> caches -> adapter -> steps -> samples
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
 from lorabooth.adapters import file as adapter_file
 from lorabooth.adapters import inject
-from lorabooth.adapters.metadata import Metadata
-from lorabooth.data import images as data_images
 from lorabooth.data.cache import Store, default_root
 from lorabooth.errors import InterruptedRunError
-from lorabooth.families.reload import load_denoiser
-from lorabooth.memory import hollow
 from lorabooth.progress import Reporter, Silent
 from lorabooth.recipe import Recipe
+from lorabooth.training import equipment, going_on, space, state
 from lorabooth.training import folder as folders
-from lorabooth.training import going_on, space, state
 from lorabooth.training import identity as identities
 from lorabooth.training import pool as pools
 from lorabooth.training.alarms import Watch
@@ -47,8 +40,6 @@ from lorabooth.training.ran_out import RanOutError, Shortage, detail_of, forecas
 from lorabooth.training.setting import Clock, Setting, open_setting, summary_lines
 from lorabooth.training.speed import speed_facts
 from lorabooth.training.studio import Studio
-from lorabooth.training.subjects import preview_prompts
-from lorabooth.version import __version__
 
 
 @dataclass(frozen=True)
@@ -201,7 +192,7 @@ def _run_phases(
     standing: Standing, setting: Setting, ledger: Ledger, studio: Studio, reporter: Reporter
 ) -> Outcome:
     recipe, folder, clock, start = setting.recipe, standing.folder, ledger.clock, standing.steps
-    accelerator = _accelerator(setting, folder)
+    accelerator = equipment.accelerator_of(setting, folder)
     store = Store(default_root())
     with clock.phase("class images"), accelerator.main_process_first():
         classes = class_examples(setting, studio, store, reporter)
@@ -232,8 +223,8 @@ def _run_phases(
     metrics = MetricsLog(folder.metrics)
     if accelerator.is_main_process:
         metrics.truncate_after(start)
-    previews = _previews(setting, studio, encoded, folder, reporter)
-    space.require(folder.root, _amounts(recipe, session, attached.n_parameters, previews))
+    previews = equipment.previews_of(setting, studio, encoded, folder, reporter)
+    space.require(folder.root, equipment.amounts_of(recipe, session, attached.n_parameters, previews))
     try:
         grid = _train(standing, setting, session, metrics, previews, ledger, watch, reporter)
     finally:
@@ -256,7 +247,7 @@ def _train(
     """The steps, with samples before, between and after; the adapter is delivered last."""
     recipe, clock, folder = setting.recipe, ledger.clock, standing.folder
     start, total, is_main = standing.steps, standing.total, session.accelerator.is_main_process
-    components, metadata = setting.parts.components(), _metadata(setting)
+    components, metadata = setting.parts.components(), equipment.metadata_of(setting)
 
     def write_adapter(path: Path, steps: int) -> None:
         adapter_file.write(path, inject.tensors(components, ADAPTER_NAME), replace(metadata, steps=steps))
@@ -307,77 +298,6 @@ def _rotate(folder: RunFolder, keep: int, reporter: Reporter) -> None:
         state.rotate(folder.root, keep)
     except OSError as error:
         reporter.warn(f"an old checkpoint could not be deleted: {error.strerror or error}")
-
-
-def _amounts(recipe: Recipe, session: Session, parameters: int, previews: Previews | None) -> space.Amounts:
-    return space.Amounts(
-        checkpoint_bytes=state.checkpoint_bytes(session.optimizer),
-        adapter_bytes=int(parameters * 4 * 1.05),
-        steps=int(recipe.optim.steps),
-        checkpoint_every=recipe.run.checkpoint_every,
-        keep=recipe.run.keep,
-        sample_every=recipe.run.sample_every,
-        images=0 if previews is None else len(previews.prompts) * len(previews.seeds),
-        side_px=0 if previews is None else previews.side_px,
-    )
-
-
-def _previews(
-    setting: Setting,
-    studio: Studio,
-    encoded: dict[str, torch.Tensor] | None,
-    folder: RunFolder,
-    reporter: Reporter,
-) -> Previews | None:
-    recipe = setting.recipe
-    if recipe.run.sample_count == 0:
-        return None
-    components = setting.parts.components()
-    multiple_px = setting.family.resolution_multiple_px(setting.parts)
-
-    def whole() -> AbstractContextManager[None]:
-        return hollow.whole(setting.parts.denoiser, load_denoiser(setting.family, setting.parts))
-
-    return Previews(
-        family=setting.family,
-        complete=setting.with_vae,
-        studio=studio,
-        prompts=preview_prompts(recipe, setting.subjects),
-        seeds=range(recipe.run.sample_count),
-        steps=int(recipe.prior.sampler_steps),
-        guidance=float(recipe.prior.guidance),
-        side_px=data_images.square_for(int(recipe.images.resolution), multiple_px)[0],
-        encoded=encoded,
-        folder=folder,
-        adapter_off=lambda: inject.disabled(components),
-        reporter=reporter,
-        at_once=None if recipe.memory.images_at_once == "auto" else recipe.memory.images_at_once,
-        whole=whole if recipe.memory.hollow else nullcontext,
-    )
-
-
-def _metadata(setting: Setting) -> Metadata:
-    recipe, source = setting.recipe, setting.parts.source
-    return Metadata(
-        family=source.family,
-        base_id=source.base_id,
-        base_sha256=source.sha256,
-        rank=int(recipe.adapter.rank),
-        alpha=float(recipe.adapter.alpha),
-        targets=recipe.adapter.targets,
-        trigger_words=tuple(subject.name for subject in setting.subjects),
-        steps=0,
-        lorabooth_version=__version__,
-    )
-
-
-def _accelerator(setting: Setting, folder: RunFolder) -> Accelerator:
-    tracker = setting.recipe.run.tracker
-    if tracker == "none":
-        return Accelerator()
-    accelerator = Accelerator(log_with=tracker, project_dir=str(folder.root))
-    accelerator.init_trackers("lorabooth", init_kwargs={"wandb": {"name": folder.root.name}})
-    return accelerator
 
 
 def _outcome(

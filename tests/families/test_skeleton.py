@@ -15,7 +15,6 @@ from torch import nn
 
 from lorabooth.errors import BaseModelError
 from lorabooth.families import registry, source
-from lorabooth.families.skeleton import resolve_configs
 from lorabooth.memory.meter_shapes import ShapesOnly
 from tests.families.ldm import make_single_file
 from tests.families.test_hub import COMMIT, put
@@ -53,7 +52,7 @@ def test_a_skeleton_is_the_base_without_its_numbers(
     loaded = family.load(source.resolve(path), dtype)
     bare = str(configs_of(Path(path), tmp_path / "bare")) if kind in ("sd1", "sd2") else path
     with ShapesOnly():
-        made = family.skeleton(resolve_configs(bare), dtype)
+        made = family.skeleton(source.resolve(bare, configs_only=True), dtype)
         assert loaded.vae is not None
         assert made.vae is not None
         pairs = [(loaded.vae, made.vae), (loaded.denoiser, made.denoiser)]
@@ -73,7 +72,7 @@ def test_without_a_vocabulary_there_is_no_tokenizer(tiny_sd: Path, tmp_path: Pat
     bare = configs_of(tiny_sd, tmp_path / "bare")
     for name in ("vocab.json", "merges.txt"):
         (bare / "tokenizer" / name).unlink()
-    found = resolve_configs(str(bare))
+    found = source.resolve(str(bare), configs_only=True)
     with ShapesOnly():
         parts = registry.family(found.family).skeleton(found, torch.float32)
     assert not parts.tokenizers
@@ -83,7 +82,7 @@ def test_without_a_vocabulary_there_is_no_tokenizer(tiny_sd: Path, tmp_path: Pat
 def test_a_broken_config_is_one_message(tiny_sd: Path, tmp_path: Path) -> None:
     bare = configs_of(tiny_sd, tmp_path / "bare")
     (bare / "vae" / "config.json").write_text('{"block_out_channels": "many", "latent_channels": 4}')
-    found = resolve_configs(str(bare))
+    found = source.resolve(str(bare), configs_only=True)
     with ShapesOnly(), pytest.raises(BaseModelError):
         registry.family(found.family).skeleton(found, torch.float32)
 
@@ -93,7 +92,7 @@ def test_a_family_that_the_base_is_not_is_refused(tmp_path: Path) -> None:
 
     folder = write_config_folder(tmp_path / "sd15", "sd15")
     with pytest.raises(BaseModelError, match="this base is sd1"):
-        resolve_configs(str(folder), family="sd2")
+        source.resolve(str(folder), family="sd2", configs_only=True)
 
 
 def test_of_a_hub_model_only_configs_are_downloaded_and_training_asks_for_the_rest(
@@ -116,7 +115,7 @@ def test_of_a_hub_model_only_configs_are_downloaded_and_training_asks_for_the_re
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    found = resolve_configs("someone/base", revision=COMMIT)
+    found = source.resolve("someone/base", revision=COMMIT, configs_only=True)
     assert (found.base_id, found.revision, found.family) == ("someone/base", COMMIT, "sd1")
     assert fetched
     assert not [name for name in fetched if name.endswith(".safetensors")]
@@ -127,4 +126,4 @@ def test_of_a_hub_model_only_configs_are_downloaded_and_training_asks_for_the_re
 
 def test_a_cached_model_is_found_offline(cache: Path, tiny_sd: Path) -> None:
     put(cache, "someone/base", tiny_sd)
-    assert resolve_configs("someone/base", allow_download=False).revision == COMMIT
+    assert source.resolve("someone/base", allow_download=False, configs_only=True).revision == COMMIT

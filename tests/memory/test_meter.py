@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -143,12 +145,17 @@ def test_what_is_made_for_the_host_counts_where_there_is_one_memory() -> None:
             del away, unpacked
 
 
-def test_a_counter_that_is_gone_does_no_harm() -> None:
+def test_a_counter_that_is_gone_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong: list[object] = []  # what a weak reference's callback raises is told to nobody else
+    monkeypatch.setattr(sys, "unraisablehook", wrong.append)
     with Meter() as meter:
         kept = torch.empty(10)
+    gone = weakref.ref(meter)
     del meter
     gc.collect()
+    assert gone() is None
     del kept
+    assert not wrong
 
 
 # --- beside an independent measure: torch's profiler reports every allocation of its CPU allocator

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorabooth.families import registry
 from lorabooth.families.base import Family, Source
-from lorabooth.families.skeleton import resolve_configs
+from lorabooth.families.source import resolve
 from lorabooth.memory.facts import Device
 from lorabooth.memory.meter import Usage, ordered
 from lorabooth.planning.blocks import block_weights
@@ -34,7 +34,7 @@ def recipe(base: Path, *overrides: str) -> Recipe:
 
 def case(base: Path, usable_bytes: int = GIB, *, device: Device | None = None, **more: Any) -> Case:
     """A CUDA card; `predict=arithmetic` for figures that follow from the recipe in an instant."""
-    source = resolve_configs(str(base))
+    source = resolve(str(base), configs_only=True)
     budget = Budget(usable_bytes, 0, "given")
     return Case(source, registry.family(source.family), device or card(usable_bytes), budget, **more)
 

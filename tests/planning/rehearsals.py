@@ -18,7 +18,7 @@ from lorabooth.evaluation.grids import draw_grid
 from lorabooth.evaluation.sample import file_name
 from lorabooth.families import registry
 from lorabooth.families.reload import with_vae
-from lorabooth.families.skeleton import resolve_configs
+from lorabooth.families.source import resolve
 from lorabooth.memory.facts import Device
 from lorabooth.memory.meter import Meter, Usage
 from lorabooth.planning import components as things
@@ -41,7 +41,7 @@ STEPS = 2
 
 
 def predicted(recipe: Recipe, device: Device = CPU, **options: Any) -> Forecast:
-    base = resolve_configs(recipe.model.base)
+    base = resolve(recipe.model.base, configs_only=True)
     return forecast(recipe, base, registry.family(base.family), device, **options)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabooth.families import registry
-from lorabooth.families.skeleton import resolve_configs
+from lorabooth.families.source import resolve
 from lorabooth.memory.units import checkpoint_units
 from lorabooth.planning.blocks import block_weights, fewest
 
@@ -38,7 +38,7 @@ def test_the_smallest_number_that_fits_whatever_the_first_guess(
 
 
 def test_weights_are_of_the_units_and_fall_inwards(tiny_sd: Path) -> None:
-    source = resolve_configs(str(tiny_sd))
+    source = resolve(str(tiny_sd), configs_only=True)
     family = registry.family(source.family)
     weights = block_weights(family, source)
     import torch

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.published import write_config_folder
 from lorabooth.errors import BaseModelError
 from lorabooth.families import registry
-from lorabooth.families.skeleton import resolve_configs
+from lorabooth.families.source import resolve
 from lorabooth.memory.facts import Device
 from lorabooth.memory.meter import Meter
 from lorabooth.planning import components as things
@@ -155,7 +155,7 @@ def test_a_card_is_told_in_its_own_arithmetic(recipe_of) -> None:
     assert parts[things.DENOISER] % 512 == 0
     assert here[things.DENOISER] / 2 < parts[things.DENOISER] < here[things.DENOISER] * 0.6
     old = Device("cuda", "an old card", 8 << 30, 8 << 30, "7.5", False)
-    base = resolve_configs(recipe.model.base)
+    base = resolve(recipe.model.base, configs_only=True)
     assert prepared(recipe, base, registry.family(base.family), old).memory.precision == "fp16"
     with Meter() as meter:  # and what is made after a rehearsal is real
         assert torch.ones(3).tolist() == [1.0, 1.0, 1.0]
@@ -186,7 +186,7 @@ def test_tokens_do_not_need_a_vocabulary(tiny_sd: Path, photos: Path, tmp_path: 
 def test_a_missing_config_is_one_message(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(tiny_sd, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     recipe = runs.recipe(bare, photos, "prior.mode=none")
-    base = resolve_configs(str(bare))
+    base = resolve(str(bare), configs_only=True)
     (bare / "text_encoder" / "config.json").unlink()
     with pytest.raises(BaseModelError, match="text_encoder"):
         forecast(recipe, base, registry.family(base.family), CARD)

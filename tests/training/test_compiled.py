@@ -168,4 +168,6 @@ def test_a_compiled_run_is_the_same_run(
 
 @pytest.mark.slow
 def test_a_compiler_is_proven(tmp_path: Path) -> None:
+    before = torch._dynamo.utils.counters["frames"]["ok"]
     compiled.require_compiler(torch.device("cpu"), tmp_path)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > before
