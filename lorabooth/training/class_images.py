@@ -85,12 +85,12 @@ def _own_images(setting: Setting, reporter: Reporter) -> ClassExamples:
     return ClassExamples(scan.records, MappingProxyType({"mode": "images", "images": len(scan.records)}))
 
 
-def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporter) -> ClassExamples:
+def _sampler_of(setting: Setting) -> SamplerFacts:
+    """How class images are drawn; part of what they are kept under."""
     recipe = setting.recipe
-    side_px = int(recipe.images.resolution)
     multiple_px = setting.family.resolution_multiple_px(setting.parts)
-    height_px, width_px = images.square_for(side_px, multiple_px)
-    sampler = SamplerFacts(
+    height_px, width_px = images.square_for(int(recipe.images.resolution), multiple_px)
+    return SamplerFacts(
         name="dpm++, decoded in tiles" if recipe.memory.vae_tiling else "dpm++",
         steps=int(recipe.prior.sampler_steps),
         guidance=float(recipe.prior.guidance),
@@ -99,6 +99,10 @@ def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporte
         dtype=recipe.model.dtype,
         group=group_of(recipe, setting.device.type),
     )
+
+
+def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporter) -> ClassExamples:
+    recipe, sampler = setting.recipe, _sampler_of(setting)
     pipeline = setting.family.pipeline(setting.parts)
     fits: list[int] = []
 
@@ -118,8 +122,8 @@ def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporte
                 seeds,
                 steps=steps,
                 guidance=sampler.guidance,
-                height_px=height_px,
-                width_px=width_px,
+                height_px=sampler.height_px,
+                width_px=sampler.width_px,
                 # What did not fit once does not fit the next time either.
                 batch_size=min([len(prompts), *fits]),
                 on_latent=latents.__setitem__,
@@ -132,7 +136,8 @@ def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporte
     def keep_latent(sha256: str, latent: Tensor) -> None:
         # Exactly this latent: a posterior without width.
         moments = Moments(latent, torch.zeros_like(latent))
-        whole = Geometry((height_px, width_px), (0, 0), (height_px, width_px))
+        size_px = (sampler.height_px, sampler.width_px)
+        whole = Geometry(size_px, (0, 0), size_px)
         store.put_moments(sampled_key(sha256), CachedLatent(moments, whole))
 
     prompts = list(dict.fromkeys(subject.class_prompt for subject in setting.subjects))
