@@ -20,11 +20,11 @@ demo: setup
 
 # The default tests: offline, two cores, under ten minutes.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The default ones and the slow ones.
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
 
 # 500 times SIGKILL, in real processes, and a count of what that did. Hours; faster with --fork, see the file.
 soak: setup

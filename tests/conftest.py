@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two test processes on two cores: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A shell's background job, and so what it starts, ignores SIGINT: the tests that send it would wait in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Timings never decide a test; the same examples every time.
 settings.register_profile("lorabooth", deadline=None, derandomize=True)
 settings.load_profile("lorabooth")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share something made for their file run in one process, so that it is made once."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()  # pytest has no public way to ask
-        if any(defs[-1].scope == "module" for defs in fixtures if defs):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """Files of whole programs first: they take longest, and a process that gets one last would end alone."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent != here)
 
 
 @pytest.fixture(scope="session")

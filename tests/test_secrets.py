@@ -171,6 +171,7 @@ def test_failing_runs_tell_no_secret(home: Path, quick: list[str], debug: list[s
     assert _holding(home) == []
 
 
+@pytest.mark.slow
 def test_debugging_a_good_run_tells_no_secret(home: Path, quick: list[str]) -> None:
     done = _run(home, "--debug", "train", *quick, "--out", "debugged")
     assert done.returncode == 0, done.stderr

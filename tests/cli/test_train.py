@@ -109,6 +109,7 @@ def test_a_moved_run_goes_on_with_its_photos_and_base_named_beside_its_recipe(
     assert "is gone" in found.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_with_fresh_shows_the_free_folder(home: Path, quick: list[str], trained) -> None:
     found = lorabooth(*quick, "--out", "run", "--fresh", "--dry-run", cwd=home)
     assert found.returncode == 0, found.stderr

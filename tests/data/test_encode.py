@@ -211,7 +211,7 @@ run(tmp_path, make(tmp_path / "dog", 9), encode)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-@pytest.mark.parametrize("moment", ["encoding", "writing"])
+@pytest.mark.parametrize("moment", [pytest.param("encoding", marks=pytest.mark.slow), "writing"])
 def test_killed_while_caching_and_resumed_is_uninterrupted(tmp_path: Path, moment: str) -> None:
     records = make(tmp_path / "dog", 9)
     before = 0

@@ -67,6 +67,7 @@ def test_finished_build_does_nothing_more(plan: BuildPlan) -> None:
     assert before[1] == after[1]
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_where_it_was(plan: BuildPlan, tmp_path: Path) -> None:
     longer = replace(plan, min_steps=4, out=tmp_path / "out")
     first = read_state(plan.state_file("clip"))

@@ -62,6 +62,7 @@ def test_sizes_show_the_same_picture() -> None:
     assert np.abs(small - large).mean() < 8.0
 
 
+@pytest.mark.slow
 def test_every_combination_renders_and_is_not_flat() -> None:
     rng = np.random.default_rng(0)
     for combination in itertools.product(CLASSES, PLACES, STYLES, ACCESSORIES, POSES):

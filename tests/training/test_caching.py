@@ -98,6 +98,7 @@ encode(Path(sys.argv[1]) / "cache", Path(sys.argv[1]) / "photos", load())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_killed_while_caching_and_resumed_is_uninterrupted(tmp_path: Path, pocket, whole) -> None:
     for number in (7, 17):  # an entry syncs its file and its folder

@@ -70,7 +70,7 @@ def test_killed_and_resumed_is_never_stopped(
     assert 0 < _goes_on_to_the_same_end(tiny_sd, photos, tmp_path) < 60
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_saves_and_exits_130(
     started: subprocess.Popen[str], tiny_sd: Path, photos: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
@@ -158,7 +158,14 @@ def previewed(
     return path, found
 
 
-@pytest.mark.parametrize("place", [PREVIEW, GRID, LAST], ids=["preview", "grid", "adapter"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(PREVIEW, id="preview", marks=pytest.mark.slow),
+        pytest.param(GRID, id="grid", marks=pytest.mark.slow),
+        pytest.param(LAST, id="adapter"),
+    ],
+)
 def test_killed_between_a_checkpoint_and_what_follows_it(
     previewed: tuple[Path, dict[str, bytes]], tmp_path: Path, place: dict[str, str]
 ) -> None:
@@ -196,7 +203,7 @@ def test_killed_in_the_very_first_write_the_same_command_goes_on(
     assert not (out / left[0]).exists()
 
 
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("sent", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
 def test_an_interrupt_before_the_steps_says_how_to_go_on(
     previewed: tuple[Path, dict[str, bytes]], tmp_path: Path, sent: str
 ) -> None:
