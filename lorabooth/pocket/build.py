@@ -1,4 +1,4 @@
-"""How the embedded base model is made: render, train tokenizer, autoencoder, CLIP and denoiser, export.
+"""How the embedded base model is made: render, train tokenizer, autoencoder, CLIP, subject encoder, denoiser.
 
 Every phase keeps its state in the work folder; a build that was interrupted goes on where it was.
 """
@@ -23,6 +23,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from lorabooth.errors import RecipeError
 from lorabooth.pocket import clip as clip_phase
+from lorabooth.pocket import subject as subject_phase
 from lorabooth.pocket import unet as unet_phase
 from lorabooth.pocket import vae as vae_phase
 from lorabooth.pocket.dataset import Rendered, rendered
@@ -43,9 +44,9 @@ from lorabooth.rng import seed_for
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from transformers import CLIPModel
+    from transformers import CLIPModel, ResNetModel
 
-VAE_SHARE, CLIP_SHARE = 0.13, 0.06
+VAE_SHARE, CLIP_SHARE, SUBJECT_SHARE = 0.13, 0.06, 0.12
 _FINISHED = "finished"
 
 
@@ -76,9 +77,9 @@ class BuildPlan:
     export_every_s: float = 600.0
 
     def seconds(self, phase: str) -> float:
-        """Training time of "vae", "clip" or "unet"."""
-        shares = {"vae": VAE_SHARE, "clip": CLIP_SHARE, "unet": 1.0 - VAE_SHARE - CLIP_SHARE}
-        return self.minutes * 60.0 * shares[phase]
+        """Training time of "vae", "clip", "subject" or "unet"."""
+        shares = {"vae": VAE_SHARE, "clip": CLIP_SHARE, "subject": SUBJECT_SHARE}
+        return self.minutes * 60.0 * (shares[phase] if phase in shares else 1.0 - sum(shares.values()))
 
     @property
     def world(self) -> int:
@@ -101,6 +102,7 @@ class Parts:
 
     vae: AutoencoderKL
     clip: CLIPModel
+    subject: ResNetModel
 
 
 def _begin(plan: BuildPlan, name: str) -> None:
@@ -131,16 +133,20 @@ def _task(plan: BuildPlan, phase: str, shard: Shard) -> Task:
         clip = clip_phase.make_clip(tokenizer).to(device)
         module, hyper = clip, clip_phase.HYPER
         losses = clip_phase.clip_losses(clip, tokenizer, data, device, plan.seed, shard)
+    elif phase == "subject":
+        encoder = subject_phase.SubjectEncoder().to(device)
+        module, hyper = encoder, subject_phase.HYPER
+        losses = subject_phase.subject_losses(encoder, _views(plan), device, plan.seed, shard)
     else:
         tokenizer = load_tokenizer(plan.work / "tokenizer")
         unet = unet_phase.make_unet().to(device)
         if device.type == "cpu":
             unet.set_attn_processor(unet_phase.ExplicitAttention())
         latents = read_state(plan.work / "latents.safetensors")[0]["latents"]
-        encoder = clip_phase.text_half(load_parts(plan).clip).to(device)
+        text_encoder = clip_phase.text_half(load_parts(plan).clip).to(device)
         module, hyper = unet, unet_phase.HYPER
         losses = unet_phase.unet_losses(
-            unet, encoder, tokenizer, latents, data.scenes, device, plan.seed, shard
+            unet, text_encoder, tokenizer, latents, data.scenes, device, plan.seed, shard
         )
         on_save = _exporter(plan)
     budget = Budget(plan.seconds(phase), plan.min_steps)
@@ -165,7 +171,8 @@ def _exporter(plan: BuildPlan) -> Callable[[dict[str, Tensor], int, float], None
         unet.load_state_dict(average)
         parts = load_parts(plan)
         tokenizer = load_tokenizer(plan.work / "tokenizer")
-        write_folder(assemble(tokenizer, parts.clip, parts.vae, unet.eval()), parts.clip, plan.out)
+        pipeline = assemble(tokenizer, parts.clip, parts.vae, unet.eval())
+        write_folder(pipeline, parts.clip, parts.subject, plan.out)
         append_log(plan.log_file, {"phase": "export", "step": step, "progress": round(progress, 4)})
 
     return export
@@ -182,12 +189,17 @@ def _worker(rank: int, plan: BuildPlan, phase: str, meeting: str) -> None:
         dist.destroy_process_group()
 
 
-def _train_phase(plan: BuildPlan, phase: str) -> None:
+def _is_done(plan: BuildPlan, phase: str) -> bool:
     file = plan.state_file(phase)
-    if file.exists():
-        info = read_state(file)[1]
-        if Budget(plan.seconds(phase), plan.min_steps).progress(info["step"], info["elapsed_s"]) >= 1.0:
-            return
+    if not file.exists():
+        return False
+    info = read_state(file)[1]
+    return Budget(plan.seconds(phase), plan.min_steps).progress(info["step"], info["elapsed_s"]) >= 1.0
+
+
+def _train_phase(plan: BuildPlan, phase: str) -> None:
+    if _is_done(plan, phase):
+        return
     _begin(plan, phase)
     if plan.world == 1:
         _worker(0, plan, phase, "")
@@ -199,7 +211,7 @@ def _train_phase(plan: BuildPlan, phase: str) -> None:
 
 
 def load_parts(plan: BuildPlan) -> Parts:
-    """The averaged autoencoder, its latents standardised once they are measured, and the averaged CLIP."""
+    """The averaged autoencoder, its latents standardised once they are measured, CLIP and subject encoder."""
     vae = vae_phase.make_vae()
     vae.load_state_dict(average_of(plan.state_file("vae")))
     file = plan.work / "latents.safetensors"
@@ -208,7 +220,22 @@ def load_parts(plan: BuildPlan) -> Parts:
             vae_phase.standardise(vae, latents.get_tensor("mean"), latents.get_tensor("std"))
     clip = clip_phase.make_clip(load_tokenizer(plan.work / "tokenizer"))
     clip.load_state_dict(average_of(plan.state_file("clip")))
-    return Parts(vae.eval(), clip.eval())
+    subject = subject_phase.make_encoder()
+    if plan.state_file("subject").exists():
+        subject.load_state_dict(subject_phase.encoder_part(average_of(plan.state_file("subject"))))
+    return Parts(vae.eval(), clip.eval(), subject.eval())
+
+
+def _views(plan: BuildPlan) -> subject_phase.Views:
+    """Pictures of the subject encoder's specimens, a share of them through the autoencoder; made once."""
+    count, file = plan.scenes // subject_phase.VIEWS, plan.work / "views.npy"
+    if not file.exists():
+        _begin(plan, "views")
+        drawn = subject_phase.draw_views(
+            plan.seed, "subject", count, subject_phase.VIEWS, processes=plan.processes
+        )
+        subject_phase.keep(subject_phase.through(load_parts(plan).vae, drawn, torch.device("cpu")), file)
+    return subject_phase.kept(file)
 
 
 def _encode(plan: BuildPlan, data: Rendered) -> None:
@@ -253,6 +280,9 @@ def build(plan: BuildPlan) -> Path:
         _train_phase(plan, phase)
     _encode(plan, data)
     del data
+    if not _is_done(plan, "subject"):
+        _views(plan)
+    _train_phase(plan, "subject")
     _train_phase(plan, "unet")
     if not (plan.out / "model_index.json").exists():
         unet_state = read_state(plan.state_file("unet"))[1]

@@ -11,11 +11,12 @@ from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UN
 from transformers import CLIPImageProcessor, CLIPModel
 
 from lorabooth.pocket.clip import save_clip_rest, text_half
+from lorabooth.pocket.subject import save_subject_encoder
 from lorabooth.pocket.tokenizer import save_tokenizer
 from lorabooth.pocket.unet import make_scheduler
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, ResNetModel
 
 
 def assemble(
@@ -37,10 +38,18 @@ def assemble(
     return pipeline
 
 
-def write_folder(pipeline: StableDiffusionPipeline, clip: CLIPModel, folder: Path) -> None:
-    """Write the pipeline and, under clip/, the rest of CLIP, in half precision; every file is replaced whole.
+def write_folder(
+    pipeline: StableDiffusionPipeline, clip: CLIPModel, subject: ResNetModel, folder: Path
+) -> None:
+    """Write a pocket base in half precision; every file is replaced whole.
 
-    The parts in memory keep their precision. Files in the folder that are not part of the pipeline stay.
+    The parts in memory keep their precision. Files in the folder that are not part of it stay.
+
+    Args:
+        pipeline: what draws.
+        clip: what the text encoder lacks of it goes under clip/.
+        subject: the subject encoder, under subject_encoder/.
+        folder: made if need be.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
@@ -49,10 +58,11 @@ def write_folder(pipeline: StableDiffusionPipeline, clip: CLIPModel, folder: Pat
         save_tokenizer(pipeline.tokenizer, staging / "tokenizer")
         _load_as_float32(staging / "text_encoder" / "config.json")
         save_clip_rest(clip, staging / "clip")
+        save_subject_encoder(subject, staging / "subject_encoder")
         size = {"height": 64, "width": 64}
-        CLIPImageProcessor(
-            size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ).save_pretrained(staging / "clip")
+        processor = CLIPImageProcessor(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        for part in ("clip", "subject_encoder"):
+            processor.save_pretrained(staging / part)
         for file in sorted(staging.rglob("*")):
             if file.is_file():
                 target = folder / file.relative_to(staging)

@@ -1,7 +1,7 @@
 """Begin a build where a finished pocket base ended.
 
-Its tokenizer, autoencoder and CLIP are kept, its denoiser trains on. What is lost is the state of the
-optimizers, which is not shipped.
+Its tokenizer, autoencoder, CLIP and subject encoder are kept, its denoiser trains on. What is lost is the
+state of the optimizers, which is not shipped.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from lorabooth.errors import RecipeError
 from lorabooth.pocket.build import BuildPlan
 from lorabooth.pocket.clip import load_clip
+from lorabooth.pocket.subject import SubjectEncoder, load_subject_encoder
 from lorabooth.pocket.trainer import write_state
 
 _DONE_S = 1e9
@@ -34,7 +35,7 @@ def start_from(plan: BuildPlan, folder: Path) -> None:
     """
     if plan.state_file("unet").exists():
         return
-    if not all((folder / part).is_dir() for part in ("tokenizer", "clip", "vae", "unet")):
+    if not all((folder / part).is_dir() for part in ("tokenizer", "clip", "subject_encoder", "vae", "unet")):
         raise RecipeError(
             f"--start-from: {folder} is not a pocket base.", "Give a folder that a build has made."
         )
@@ -43,6 +44,7 @@ def start_from(plan: BuildPlan, folder: Path) -> None:
     modules = {
         "vae": (AutoencoderKL.from_pretrained(folder / "vae").float(), _DONE_S),
         "clip": (load_clip(folder), _DONE_S),
+        "subject": (_subject(folder), _DONE_S),
         "unet": (UNet2DConditionModel.from_pretrained(folder / "unet").float(), 0.0),
     }
     for phase, (module, elapsed_s) in modules.items():
@@ -50,6 +52,13 @@ def start_from(plan: BuildPlan, folder: Path) -> None:
         write_state(
             plan.state_file(phase), _weights(module.state_dict()), {"step": step, "elapsed_s": elapsed_s}
         )
+
+
+def _subject(folder: Path) -> SubjectEncoder:
+    """As it trains; the projection that was thrown away is a new one, which nothing uses any more."""
+    model = SubjectEncoder()
+    model.encoder = load_subject_encoder(folder)
+    return model
 
 
 def _weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
