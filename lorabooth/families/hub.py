@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,17 +113,10 @@ def _from_cache(repo: str, revision: str, configs_only: bool) -> tuple[Path, str
 
 def _download(repo: str, info: ModelInfo, reporter: Reporter, configs_only: bool) -> Path:
     """Get the files that are needed, and no others, into the hub cache: configs, tokenizer, safetensors."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
-    wanted = needed_files(list(sizes))
+    names = [file.rfilename for file in info.siblings or ()]
+    wanted = needed_files(names)
     if not wanted:
-        pickles = any(Path(name).suffix in PICKLE_SUFFIXES for name in sizes)
+        pickles = any(Path(name).suffix in PICKLE_SUFFIXES for name in names)
         raise (
             pickle_error(Path(repo))
             if pickles
@@ -133,6 +127,26 @@ def _download(repo: str, info: ModelInfo, reporter: Reporter, configs_only: bool
         )
     if configs_only:
         wanted = [name for name in wanted if _CONFIG_FILES.fullmatch(name)]
+    return download_files(repo, info, wanted, reporter)
+
+
+def download_files(repo: str, info: ModelInfo, wanted: Sequence[str], reporter: Reporter) -> Path:
+    """The folder in the hub cache with some of a model's files, at one commit; those not there are fetched.
+
+    Args:
+        repo: "owner/name".
+        info: of the commit, with the files' sizes.
+        wanted: names of files.
+        reporter: told of the download.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
     shown = are_progress_bars_disabled()
     disable_progress_bars()
     total_mib = max(1, sum(sizes[name] for name in wanted) >> 20)
@@ -144,7 +158,9 @@ def _download(repo: str, info: ModelInfo, reporter: Reporter, configs_only: bool
     finally:
         if not shown:
             enable_progress_bars()
-    return Path(snapshot_download(repo, revision=info.sha, local_files_only=True, allow_patterns=wanted))
+    return Path(
+        snapshot_download(repo, revision=info.sha, local_files_only=True, allow_patterns=list(wanted))
+    )
 
 
 def needed_files(names: list[str]) -> list[str]:
