@@ -60,7 +60,7 @@ class Configuration:
     settings: Mapping[str, Any] = field(default_factory=dict)
     photos: int = 5
     noun: str = "right"
-    specimens: int = 10
+    specimens: int = 8
     at: tuple[int, ...] = ()
 
 
@@ -70,24 +70,24 @@ MODES = (
     Configuration("distill", {"prior.mode": "distill"}),
     Configuration("images", {"prior.mode": "images"}),
 )
-_FEW = 4
+_FEW = 2
 SWEEPS = (
     *(Configuration(f"photos {n}", photos=n, specimens=_FEW) for n in (1, 2, 3, 4)),
     *(Configuration(f"noun {n}", {"prior.mode": "none"}, noun=n, specimens=_FEW) for n in ("none", "wrong")),
     *(Configuration(f"rank {n}", {"adapter.rank": n}, specimens=_FEW) for n in (1, 4, 64)),
-    *(Configuration(f"weight {n:g}", {"prior.weight": n}, specimens=_FEW) for n in (0.25, 0.5, 2.0)),
+    *(Configuration(f"weight {n:g}", {"prior.weight": n}, specimens=_FEW) for n in (0.5, 2.0)),
     Configuration("text encoder", {"adapter.text_encoder": True}, specimens=_FEW),
     Configuration(
         "steps",
-        {"optim.steps": 1000, "run.checkpoint_every": 50, "run.keep": 0},
+        {"optim.steps": 600, "run.checkpoint_every": 50, "run.keep": 0},
         specimens=_FEW,
-        at=(50, 100, 200, 300, 600, 1000),
+        at=(50, 100, 200, 300, 600),
     ),
     Configuration(
         "steps, none",
-        {"optim.steps": 1000, "run.checkpoint_every": 50, "run.keep": 0, "prior.mode": "none"},
+        {"optim.steps": 600, "run.checkpoint_every": 50, "run.keep": 0, "prior.mode": "none"},
         specimens=_FEW,
-        at=(50, 100, 200, 300, 600, 1000),
+        at=(50, 100, 200, 300, 600),
     ),
 )
 
@@ -199,6 +199,7 @@ def _train(cell: Cell, work: Path, place: Path) -> dict[str, Path]:
         "run.sample_every": 0,
         "run.sample_count": 0,
         "run.checkpoint_every": 0,
+        "run.select": "last",
         **cell.configuration.settings,
     }
     if settings.get("prior.mode") == "images":

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lorabooth.exchange import check, extract, merge
     from lorabooth.planning.memory_plan import MemoryPlan
     from lorabooth.progress import Reporter
+    from lorabooth.protocol.compare import Comparison, compare
+    from lorabooth.protocol.results import Evaluation
+    from lorabooth.protocol.run import evaluate
     from lorabooth.recipe import Recipe
     from lorabooth.training.plan import Plan
     from lorabooth.version import __version__
@@ -32,7 +35,9 @@ __all__ = [
     "AdapterHandle",
     "BlendReport",
     "CheckReport",
+    "Comparison",
     "ConvertReport",
+    "Evaluation",
     "ExtractReport",
     "Inspection",
     "LoraboothError",
@@ -48,7 +53,9 @@ __all__ = [
     "__version__",
     "blend_files",
     "check",
+    "compare",
     "convert_file",
+    "evaluate",
     "extract",
     "inspect_path",
     "load_adapter",
@@ -63,7 +70,9 @@ _HOME = {
     "AdapterHandle": "evaluation.apply",
     "BlendReport": "adapters.blend_files",
     "CheckReport": "adapters.check",
+    "Comparison": "protocol.compare",
     "ConvertReport": "adapters.convert",
+    "Evaluation": "protocol.results",
     "ExtractReport": "adapters.extract",
     "Inspection": "adapters.inspection",
     "LoraboothError": "errors",
@@ -79,7 +88,9 @@ _HOME = {
     "__version__": "version",
     "blend_files": "adapters.blend_files",
     "check": "exchange",
+    "compare": "protocol.compare",
     "convert_file": "adapters.convert",
+    "evaluate": "protocol.run",
     "extract": "exchange",
     "inspect_path": "adapters.inspect",
     "load_adapter": "evaluation.apply",

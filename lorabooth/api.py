@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 
+from lorabooth.errors import RecipeError
 from lorabooth.evaluation.generate import generate
 from lorabooth.evaluation.grids import draw_grid
 from lorabooth.evaluation.sample import file_name
@@ -22,9 +24,11 @@ from lorabooth.training.planned import Planned
 from lorabooth.training.processes import process_state, together
 from lorabooth.training.ran_out import RanOutError
 from lorabooth.training.run import Outcome, run
-from lorabooth.training.studio import Studio
+from lorabooth.training.studio import Marks, Referee, Shot, Studio
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from lorabooth.planning.memory_plan import MemoryPlan
 
 
@@ -36,7 +40,8 @@ class RunResult:
         out: the run folder.
         adapter: the adapter file.
         report: the page that shows the run.
-        steps: optimizer steps that the adapter was trained for.
+        steps: optimizer steps of the run.
+        chosen: steps that the adapter was trained for: the last one, unless run.select says otherwise.
         final_loss: of the last step.
         resumed_from: step that this call went on from; 0 for a new run.
         finished_before: nothing was left to do.
@@ -48,6 +53,7 @@ class RunResult:
     adapter: Path
     report: Path
     steps: int
+    chosen: int
     final_loss: float
     resumed_from: int
     finished_before: bool
@@ -110,6 +116,8 @@ def train(
 
         recipe, planned = together(partial(fitted, recipe, out=out, fresh=fresh, reporter=say))
     if dry_run:
+        if recipe.run.select != "last":
+            referee(recipe, say)
         return plan_run(recipe, out=out, reporter=say, fresh=fresh)
     outcome = _run(recipe, out=out, reporter=say, fresh=fresh, planned=planned)
     folder = outcome.folder
@@ -120,6 +128,7 @@ def train(
         adapter=folder.adapter,
         report=folder.report,
         steps=outcome.steps,
+        chosen=outcome.chosen,
         final_loss=outcome.final_loss,
         resumed_from=outcome.resumed_from,
         finished_before=outcome.finished_before,
@@ -136,7 +145,12 @@ def _run(
     Raises:
         OutOfMemoryError: names the phase, the numbers and the next technique.
     """
-    studio = Studio(generate=generate, draw_grid=draw_grid, file_name=file_name)
+    studio = Studio(
+        generate=generate,
+        draw_grid=draw_grid,
+        file_name=file_name,
+        referee=partial(referee, reporter=reporter),
+    )
     while True:
         try:
             return run(recipe, out=out, studio=studio, reporter=reporter, fresh=fresh, planned=planned)
@@ -154,6 +168,44 @@ def _run(
         reporter.warn(told)
         # The same run goes on, wherever it was.
         out, fresh = shortage.folder.root, False
+
+
+def referee(recipe: Recipe, reporter: Reporter) -> Referee:
+    """What measures a run's checkpoints, on the CPU: the training device's memory is not its own.
+
+    Raises:
+        RecipeError: a backbone that run.select needs cannot be had: says how to get it, and what would do
+            without it.
+    """
+    from lorabooth.evaluation.backbones import open_backbones
+    from lorabooth.evaluation.scoring import Drawn, score
+
+    wanted, keys = recipe.run.select, recipe.evaluation
+    found = open_backbones(keys.dino, keys.clip, base=recipe.model.base, device="cpu", reporter=reporter)
+    found = replace(found, distance=None)
+    there = {"dino": found.subject is not None, "clip": found.clip is not None}
+    needed = {"balanced": ("dino", "clip"), "subject": ("dino",), "prompt": ("clip",)}[wanted]
+    missing = [key for key in needed if not there[key]]
+    if missing:
+        why = [
+            f"  {note}" for note in found.notes if note.startswith(tuple(f"evaluation.{k}:" for k in missing))
+        ]
+        what = f'run.select = "{wanted}" cannot measure checkpoints, and nothing was trained:'
+        alone = {"dino": '"subject" (DINO alone)', "clip": '"prompt" (CLIP-T alone)'}
+        rest = "".join(f", or to {alone[key]}" for key in needed if there[key])
+        raise RecipeError("\n".join([what, *why]), f'Or set run.select to "last"{rest}.')
+
+    def marks(photos: Sequence[Image], shots: Sequence[Shot], images: Sequence[Image]) -> Marks:
+        drawn = [
+            Drawn(shot.prompt, shot.seed, image, shot.caption)
+            for shot, image in zip(shots, images, strict=True)
+        ]
+        row = score(found, photos=photos, images=drawn)
+        dino, clip_t = (None if one is None else one.mean for one in (row.dino, row.clip_t))
+        return Marks(dino, clip_t)
+
+    names = found.names()
+    return Referee({"dino": names["dino"], "clip": names["clip"]}, marks)
 
 
 def plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,21 @@ from PIL import Image, ImageOps
 
 from lorabooth import durable
 from lorabooth.data.images import decode
-from lorabooth.evaluation.curves import read_curves
+from lorabooth.evaluation.cells import ROW_TITLES, backbone_line, cell
+from lorabooth.evaluation.curves import SelectionCurve, read_curves
 from lorabooth.evaluation.grids import draw_grid
-from lorabooth.evaluation.report import Chosen, Pair, Picture, ReportData, StepSamples, write_report
+from lorabooth.evaluation.legend import METRICS
+from lorabooth.evaluation.report import (
+    Chosen,
+    Pair,
+    Picture,
+    ReportData,
+    ScoreTable,
+    StepSamples,
+    write_report,
+)
+from lorabooth.evaluation.sample import adapter_digest
+from lorabooth.evaluation.scoring import Scores
 from lorabooth.recipe import Recipe, dump
 from lorabooth.training.folder import RunFolder, read_json
 from lorabooth.training.subjects import scan_all, subjects_of
@@ -36,7 +48,8 @@ def gather(folder: RunFolder, recipe: Recipe, steps: int) -> ReportData:
     subjects = subjects_of(recipe)
     timings: Mapping[str, float] = facts.get("timings_s", {})
     before = pictures(folder.samples / "before")
-    after = pictures(folder.step_samples(steps))
+    selection = _selection(facts)
+    after = pictures(folder.step_samples(steps if selection is None else selection.chosen))
     pairs = _pairs(before, after)
     tokens = [section.token for section in recipe.subjects]
     photos = [record for scan in scan_all(subjects) for record in scan.records]
@@ -50,12 +63,15 @@ def gather(folder: RunFolder, recipe: Recipe, steps: int) -> ReportData:
         facts=tuple(_headline(facts, folder)),
         photos=tuple(Picture(record.path, record.caption) for record in photos),
         curves=read_curves(folder.metrics) if folder.metrics.is_file() else None,
+        validation=_validation(facts),
+        selection=selection,
         samples=tuple(
             StepSamples(int(place.name.removeprefix("step-")), pictures(place))
             for place in sorted(folder.samples.glob("step-*"))
         ),
         comparisons=tuple(pair for pair in pairs if _names_any(pair.prompt, tokens)),
         class_check=tuple(pair for pair in pairs if not _names_any(pair.prompt, tokens)),
+        scores=_scores(folder),
         recipe_toml=dump(recipe, folder.root.absolute()),
         choices=tuple(
             Chosen(each["key"], str(each["value"]), each["reason"]) for each in facts.get("choices", [])
@@ -100,6 +116,73 @@ def write_story(folder: RunFolder, recipe: Recipe, steps: int) -> Path:
     path = folder.root / "story.png"
     durable.save(path, buffer.getvalue())
     return path
+
+
+def _selection(facts: Mapping[str, Any]) -> SelectionCurve | None:
+    """What run.json tells of the choice; None where the last checkpoint was taken."""
+    told: Mapping[str, Any] = facts.get("selection", {})
+    if not told:
+        return None
+    curve = told["curve"]
+    return SelectionCurve(
+        steps=tuple(one["step"] for one in curve),
+        score=tuple(one["score"] for one in curve),
+        criterion=told["criterion"],
+        dino=tuple(one["dino"] for one in curve),
+        clip_t=tuple(one["clip_t"] for one in curve),
+        chosen=told["chosen"],
+        why=told["why"],
+        backbones=tuple(told["backbones"].items()),
+        images=told["prompts"] * told["images_per_prompt"],
+    )
+
+
+def _validation(facts: Mapping[str, Any]) -> str:
+    """What the validation losses are of, in a sentence; "" without any."""
+    told: Mapping[str, Any] = facts.get("validation", {})
+    if not told:
+        return ""
+    groups = [("photo", told["photos"], told["held_out"])]
+    if told["class_examples"]:
+        groups.append(("class example", told["class_examples"], told["class_held_out"]))
+    parts = [
+        f"{count} {name}{'s' * (count != 1)} ({'kept from training' if held else 'trained on: not held out'})"
+        for name, count, held in groups
+    ]
+    return f"the validation loss at fixed noise and {told['levels']} timesteps, of {' and '.join(parts)}."
+
+
+def _scores(folder: RunFolder) -> ScoreTable | None:
+    """What `lorabooth evaluate` left in the run folder; None if nothing, or of another adapter or version."""
+    raw = read_json(folder.root / "evaluation.json")
+    if not raw or not folder.adapter.is_file():
+        return None
+    names = raw.get("backbones", {})
+    try:
+        if raw["facts"]["adapter"] != adapter_digest(folder.adapter):
+            return None
+        subjects = tuple(
+            (
+                str(one["subject"]),
+                tuple(
+                    (title, tuple(_cells(Scores.from_json(one[key]), names)))
+                    for key, title in ROW_TITLES.items()
+                ),
+            )
+            for one in raw.get("subjects", [])
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    if not subjects:
+        return None
+    page = "evaluation.html" if (folder.root / "evaluation.html").is_file() else ""
+    headings = tuple(legend.heading for legend in METRICS)
+    return ScoreTable(headings, subjects, backbone_line(names), page)
+
+
+def _cells(scores: Scores, backbones: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    found = dict(scores.items())
+    return (cell(legend, found[legend.key], backbones) for legend in METRICS)
 
 
 def _opened(path: Path) -> Image.Image:

@@ -54,7 +54,9 @@ def test_rooms_import_one_way() -> None:
     assert "0 broken" in found.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["pocket", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in ("train", "pocket", "evaluate"))]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\n"

@@ -14,6 +14,7 @@ from lorabooth.cli import (
     convert,
     demo,
     doctor,
+    evaluate,
     extract,
     inspect,
     merge,
@@ -46,6 +47,7 @@ app.command("resize")(resize.resize)
 app.command("extract")(extract.extract)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(pocket.app, name="pocket")
 
 

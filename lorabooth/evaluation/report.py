@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabooth import durable
-from lorabooth.evaluation.curves import Curves, draw_curves
+from lorabooth.evaluation.curves import Curves, SelectionCurve, draw_curves, draw_selection
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,6 +82,23 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreTable:
+    """What `lorabooth evaluate` measured, short.
+
+    Attributes:
+        headings: of the columns.
+        subjects: of each: its name, and rows of (name, cells of mean and interval).
+        backbones: what it was measured with, in one line.
+        page: file name of the page that tells all, beside the report; "" if there is none.
+    """
+
+    headings: tuple[str, ...]
+    subjects: tuple[tuple[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]], ...]
+    backbones: str
+    page: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ReportData:
     """Everything the page shows; plain values, all optional but the first three.
 
@@ -93,9 +110,12 @@ class ReportData:
         facts: further short facts for the headline, e.g. ("adapter", "adapter.safetensors, 3.2 MB").
         photos: the subject's photos.
         curves: losses, see `curves.read_curves`.
+        validation: what the validation losses in them are of; "" without any.
+        selection: measures of the checkpoints, where one was chosen by them.
         samples: drawn on the way.
         comparisons: subject prompts with the adapter off and on.
         class_check: plain class prompts with the adapter off and on: the class must survive.
+        scores: what was measured of the finished run.
         recipe_toml: the effective recipe.
         choices: what "auto" became.
         timings_s: phase and seconds.
@@ -111,9 +131,12 @@ class ReportData:
     facts: tuple[tuple[str, str], ...] = ()
     photos: tuple[Picture, ...] = ()
     curves: Curves | None = None
+    validation: str = ""
+    selection: SelectionCurve | None = None
     samples: tuple[StepSamples, ...] = ()
     comparisons: tuple[Pair, ...] = ()
     class_check: tuple[Pair, ...] = ()
+    scores: ScoreTable | None = None
     recipe_toml: str = ""
     choices: tuple[Chosen, ...] = ()
     timings_s: tuple[tuple[str, float], ...] = ()
@@ -153,10 +176,13 @@ def render_report(data: ReportData) -> str:
     template = files("lorabooth.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     # The curves are our own drawing and hold no text of the user's.
     drawn = [Markup(svg) for svg in draw_curves(data.curves)] if data.curves else []
+    measured = [Markup(svg) for svg in draw_selection(data.selection)] if data.selection else []
     total_s = sum(seconds for _, seconds in data.timings_s)
     return environment.from_string(template).render(
         data=data,
+        style=Markup(style()),
         curves=drawn,
+        measured=measured,
         photos=data.photos[:_MOST_PHOTOS],
         photos_left_out=max(0, len(data.photos) - _MOST_PHOTOS),
         samples=_spread(data.samples),
@@ -166,19 +192,24 @@ def render_report(data: ReportData) -> str:
     )
 
 
-def embed_picture(path: Path) -> str:
-    """An image file as a data: URI: upright, at most 512 px, without metadata; "" if it cannot be read."""
+def style() -> str:
+    """The style sheet of our pages."""
+    return files("lorabooth.evaluation").joinpath("page.css").read_text(encoding="utf-8").rstrip()
+
+
+def embed_picture(path: Path, largest_side_px: int = _LARGEST_SIDE_PX) -> str:
+    """An image file as a data: URI: upright, shrunk, without metadata; "" if it cannot be read."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as opened:
-            opened.draft("RGB", (_LARGEST_SIDE_PX, _LARGEST_SIDE_PX))
+            opened.draft("RGB", (largest_side_px, largest_side_px))
             image = ImageOps.exif_transpose(opened)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-            image.thumbnail((_LARGEST_SIDE_PX, _LARGEST_SIDE_PX), Image.Resampling.LANCZOS)
+            image.thumbnail((largest_side_px, largest_side_px), Image.Resampling.LANCZOS)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
     return _data_uri(image)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorabooth import durable
 from lorabooth.errors import RecipeError
+from lorabooth.evaluation.image_files import has_facts, save_image
 from lorabooth.progress import Reporter, Silent
 from lorabooth.prompts import slug
 from lorabooth.version import __version__
@@ -122,14 +121,14 @@ def sample(
         side_px=resolution_px or defaults.resolution_px,
         sampler=sampler,
         base=found.base_id,
-        adapters=tuple((_digest(Path(path)), strength) for path, strength in adapters),
+        adapters=tuple((adapter_digest(Path(path)), strength) for path, strength in adapters),
     )
     names = [file_name(shot.prompt, shot.seed, index, shot.strength) for index, shot in enumerate(shots)]
     facts = [how.facts(shot) for shot in shots]
     grid_facts = {"images": json.dumps(facts, ensure_ascii=False), "software": _software()}
     _claim(out, dict(zip(names, facts, strict=True)) | {_GRID: grid_facts})
 
-    place, precision = _device_and_dtype(device, dtype)
+    place, precision = device_and_dtype(device, dtype)
     parts = family.load(found, precision)
     for module in (*parts.components().values(), parts.vae):
         if module is not None:
@@ -139,10 +138,10 @@ def sample(
         for note in handle.notes:
             reporter.say(f"{handle.name}: {note}")
     drawing = _Drawing(family.pipeline(parts), handles, how, batch_size, reporter)
-    images = drawing.draw(shots, lambda index, image: _save(out / names[index], image, facts[index]))
+    images = drawing.draw(shots, lambda index, image: save_image(out / names[index], image, facts[index]))
     labels = [f"{Path(path).stem} at {strength:g}" for path, strength in adapters]
     grid = _grid(shots, images, how, labels)
-    _save(out / _GRID, grid, grid_facts)
+    save_image(out / _GRID, grid, grid_facts)
     return SampleResult(shots, tuple(images), grid, tuple(out / name for name in names), out / _GRID)
 
 
@@ -278,36 +277,14 @@ def _claim(out: Path, planned: Mapping[str, Mapping[str, str]]) -> None:
             f"{out} cannot be made: {error.strerror or error}.", "Choose another --out."
         ) from error
     for name, facts in planned.items():
-        if (out / name).exists() and not _has_facts(out / name, facts):
+        if (out / name).exists() and not has_facts(out / name, facts):
             raise RecipeError(
                 f"{out / name} is there already and holds another image; nothing was drawn.",
                 "Choose another --out, or move those images away.",
             )
 
 
-def _has_facts(path: Path, facts: Mapping[str, str]) -> bool:
-    from PIL import Image as Pillow
-    from PIL import PngImagePlugin, UnidentifiedImageError
-
-    try:
-        with Pillow.open(path, formats=("PNG",)) as image:
-            return isinstance(image, PngImagePlugin.PngImageFile) and dict(image.text) == dict(facts)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        return False
-
-
-def _save(path: Path, image: Image, facts: Mapping[str, str]) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    texts = PngInfo()
-    for key, text in facts.items():
-        texts.add_itxt(key, text)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=texts)
-    durable.save(path, buffer.getvalue())
-
-
-def _digest(path: Path) -> str:
+def adapter_digest(path: Path) -> str:
     """First 16 hex digits of the SHA-256 of an adapter's file, or of its files one after the other."""
     from lorabooth.adapters.stored import open_adapter
 
@@ -319,7 +296,12 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _device_and_dtype(device: str, dtype: Dtype) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(device: str, dtype: Dtype) -> tuple[torch.device, torch.dtype]:
+    """Where a base goes and in which precision; "auto" is half precision on a GPU, float32 elsewhere.
+
+    Raises:
+        RecipeError: the device cannot be used.
+    """
     import torch
 
     if device == "auto":

@@ -41,7 +41,19 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What "auto" means in a recipe for a family, with the figures' source in the family's docstring."""
+    """What "auto" means in a recipe for a family, with the figures' source in the family's docstring.
+
+    Attributes:
+        resolution_px: that the base was trained at.
+        learning_rate: of the denoiser's adapter.
+        text_encoder_learning_rate: of the text encoder's.
+        rank: of both.
+        steps: optimizer steps.
+        guidance: of samples.
+        class_guidance: of class images. What is sharpened by guidance, learned, and drawn with guidance again
+            is sharpened twice; without any, class images are blurred.
+        sampler_steps: per image.
+    """
 
     resolution_px: int
     learning_rate: float
@@ -49,6 +61,7 @@ class Defaults:
     rank: int
     steps: int
     guidance: float
+    class_guidance: float
     sampler_steps: int
 
 

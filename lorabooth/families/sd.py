@@ -243,6 +243,7 @@ POCKET_DEFAULTS = Defaults(
     rank=16,
     steps=300,
     guidance=4.0,
+    class_guidance=1.5,
     sampler_steps=20,
 )
 SD1 = StableDiffusion(
@@ -254,6 +255,7 @@ SD1 = StableDiffusion(
         rank=16,
         steps=800,
         guidance=7.5,
+        class_guidance=7.5,
         sampler_steps=25,
     ),
 )

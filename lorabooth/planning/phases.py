@@ -23,7 +23,7 @@ def usages(scene: Scene, wanted: Collection[str]) -> Mapping[str, Usage]:
     if "caching" in wanted:
         found["caching"] = caching(scene)
     later = {name for name in ("training", "previews", "saving") if name in wanted}
-    if recipe.run.sample_count == 0:
+    if recipe.run.sample_count == 0 and recipe.run.select == "last":
         later.discard("previews")
     if later:
         made = training(scene, later)

@@ -25,7 +25,8 @@ def class_images(scene: Scene) -> Usage:
         meter = scene.meter()
         with meter:
             things.hold(meter, parts)
-            draw(scene, parts, group_of(scene.recipe, scene.device.kind))
+            count = group_of(scene.recipe, scene.device.kind)
+            draw(scene, parts, count, guidance=float(scene.recipe.prior.guidance))
         return meter.usage()
 
 
@@ -50,11 +51,10 @@ def caching(scene: Scene) -> Usage:
         return meter.usage()
 
 
-def draw(scene: Scene, parts: Parts, count: int, *, cond: Cond | None = None) -> None:
+def draw(scene: Scene, parts: Parts, count: int, *, guidance: float, cond: Cond | None = None) -> None:
     """A sampler step for `count` images at once, and the decoding of one; without autocast, as `generate`."""
-    family, recipe = scene.family, scene.recipe
-    guided = float(recipe.prior.guidance) > 1
-    rows = 2 * count if guided else count
+    family = scene.family
+    rows = 2 * count if guidance > 1 else count
     shape = scene.latent_shape(parts)
     with torch.no_grad():
         if cond is None:

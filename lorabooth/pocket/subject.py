@@ -35,7 +35,7 @@ VIEWS = 4
 HYPER = Hyper(lr=2e-3, warmup_steps=100, final_lr_ratio=0.01, weight_decay=0.05, ema_decay=0.998)
 BATCH = 96
 """Specimens a step, two pictures each."""
-CLASSES_A_STEP = 2
+CLASSES_A_STEP = 1
 TEMPERATURE = 0.07
 CODED_SHARE = 0.25
 """Share of the pictures that have been through the autoencoder, as everything the base draws has."""

@@ -16,6 +16,7 @@ from lorabooth.recipe.io import (
 from lorabooth.recipe.schema import (
     AdapterSection,
     Auto,
+    EvaluationSection,
     ImagesSection,
     LossSection,
     MemorySection,
@@ -33,6 +34,7 @@ __all__ = [
     "CHANGEABLE",
     "AdapterSection",
     "Auto",
+    "EvaluationSection",
     "ImagesSection",
     "LossSection",
     "MemorySection",

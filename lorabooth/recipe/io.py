@@ -20,7 +20,7 @@ from tomlkit.items import Float, Item, Table, Trivia
 from lorabooth.recipe.check import build
 from lorabooth.recipe.overrides import override
 from lorabooth.recipe.rules import Key, key_text, printable
-from lorabooth.recipe.schema import Recipe, Section
+from lorabooth.recipe.schema import EvaluationSection, Recipe, Section
 from lorabooth.recipe.text import parse, read
 
 CHANGEABLE = frozenset(
@@ -35,11 +35,20 @@ CHANGEABLE = frozenset(
         "memory.vae_slicing",
         "memory.vae_tiling",
         "optim.steps",
+        "evaluation.dino",
+        "evaluation.clip",
+        "evaluation.lpips",
         "run.sample_prompts",
         "run.sample_every",
         "run.sample_count",
+        "run.sample_guidance",
         "run.checkpoint_every",
         "run.keep",
+        "run.select",
+        "run.select_prompts",
+        "run.select_images",
+        "run.stop_early",
+        "run.validation_every",
         "run.tracker",
         "run.out",
     }
@@ -179,14 +188,22 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         _resolve(table, "images", folder)
     _resolve(raw.get("prior"), "images", folder)
     _resolve(raw.get("run"), "out", folder)
-    model = raw.get("model")
-    base = model.get("base") if isinstance(model, dict) else None
-    # A hub id looks like a relative path; what exists beside the recipe, or is written as a path, is a path.
-    if not isinstance(base, str) or base in ("", "pocket"):
+    _resolve_named(raw.get("model"), "base", folder)
+    for key in EvaluationSection.model_fields:
+        _resolve_named(raw.get("evaluation"), key, folder)
+
+
+def _resolve_named(table: object, key: str, folder: Path) -> None:
+    """Likewise, where a value may also be a hub id or "pocket".
+
+    A hub id looks like a relative path; what exists beside the recipe, or is written as a path, is a path.
+    """
+    value = table.get(key) if isinstance(table, dict) else None
+    if not isinstance(value, str) or value.strip() in ("", "auto", "pocket"):
         return
     # os.path.exists, because Path.exists raises for names that are too long; `rules` tells of those.
-    if base.startswith((".", "~")) or os.path.exists(folder / base):  # noqa: PTH110
-        _resolve(model, "base", folder)
+    if value.startswith((".", "~")) or os.path.exists(folder / value):  # noqa: PTH110
+        _resolve(table, key, folder)
 
 
 def _resolve(table: object, key: str, folder: Path) -> None:
@@ -236,7 +253,17 @@ def _table(section: Section, prefix: Key, folder: Path | None) -> Table:
     return table
 
 
-_PATHS = frozenset({("model", "base"), ("subjects", "images"), ("prior", "images"), ("run", "out")})
+_PATHS = frozenset(
+    {
+        ("model", "base"),
+        ("subjects", "images"),
+        ("prior", "images"),
+        ("evaluation", "dino"),
+        ("evaluation", "clip"),
+        ("evaluation", "lpips"),
+        ("run", "out"),
+    }
+)
 
 
 def _relative(path: str, folder: Path) -> str:

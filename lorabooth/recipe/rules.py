@@ -248,6 +248,34 @@ def _run_rules(recipe: Recipe) -> Iterator[Problem]:
     if run.sample_every and not run.sample_count:
         text = f"{run.sample_every}, but run.sample_count = 0 draws no samples; change one of the two"
         yield Problem(("run", "sample_every"), text, (("run", "sample_count"),))
+    yield from _selection_rules(recipe)
+    yield from _validation_rules(recipe)
+
+
+def _selection_rules(recipe: Recipe) -> Iterator[Problem]:
+    run, select = recipe.run, ("run", "select")
+    if run.stop_early and run.select == "last":
+        text = f'{run.stop_early}, but run.select = "last" measures no checkpoint; write "balanced" there'
+        yield Problem(("run", "stop_early"), text, (select,))
+    if run.select != "last" and not run.checkpoint_every:
+        text = (
+            f'"{run.select}", but run.checkpoint_every = 0 leaves one checkpoint only; change one of the two'
+        )
+        yield Problem(select, text, (("run", "checkpoint_every"),))
+    for i, prompt in enumerate(run.select_prompts):
+        both = ("token", "noun")
+        for problem in _placeholders(("run", "select_prompts"), prompt, both, both):
+            yield Problem(problem.key, f"entry {i + 1}: {problem.text}")
+
+
+def _validation_rules(recipe: Recipe) -> Iterator[Problem]:
+    run, key = recipe.run, ("run", "validation_every")
+    if run.validation_photos and not run.validation_every:
+        text = f"{run.validation_photos}, but run.validation_every is 0; give both, or remove this key"
+        yield Problem(("run", "validation_photos"), text, (key,))
+    if run.validation_every and recipe.memory.hollow:
+        text = "needs the whole denoiser, but memory.hollow is true; change one of the two"
+        yield Problem(key, text, (("memory", "hollow"),))
 
 
 def _text_rules(recipe: Recipe) -> Iterator[Problem]:
@@ -256,6 +284,7 @@ def _text_rules(recipe: Recipe) -> Iterator[Problem]:
         ("model", "family"): recipe.model.family,
         ("adapter", "targets"): recipe.adapter.targets,
         ("run", "out"): recipe.run.out,
+        **{("evaluation", key): value for key, value in recipe.evaluation.model_dump().items()},
     }
     optional: dict[Key, str] = {
         ("model", "revision"): recipe.model.revision,
@@ -263,7 +292,7 @@ def _text_rules(recipe: Recipe) -> Iterator[Problem]:
     }
     named |= {key: value for key, value in optional.items() if value}
     for key, value in named.items():
-        is_path = key in (("model", "base"), ("prior", "images"), ("run", "out"))
+        is_path = key in (("model", "base"), ("prior", "images"), ("run", "out")) or key[0] == "evaluation"
         text = _plain_text(value, braces=False)
         if is_path:
             text = text or _no_such_user(value) or _too_long(value)

@@ -200,6 +200,17 @@ class SpeedSection(Section):
     """Record the whole training step as a CUDA graph, launched at once; for small batches on fast GPUs."""
 
 
+class EvaluationSection(Section):
+    """What results are measured with: "auto", "pocket", a hub id, or a folder (relative to this file)."""
+
+    dino: str = "auto"
+    """Subject encoder (DINO, PRES); "auto": the base's own if it has one, else facebook/dino-vits16."""
+    clip: str = "auto"
+    """CLIP (CLIP-I, CLIP-T); "auto": the base's own if it has one, else openai/clip-vit-base-patch32."""
+    lpips: str = "auto"
+    """LPIPS (DIV, drift), may be a .safetensors file; "auto": a stand-in by the subject encoder, named so."""
+
+
 class RunSection(Section):
     """Where the run goes and what it writes on the way. 0 is off."""
 
@@ -217,6 +228,20 @@ class RunSection(Section):
     """May hold "{token}" and "{noun}"; empty: the subject's prompt and its class prompt."""
     sample_count: Annotated[int, Field(ge=0, le=64)] = 4
     """Images per sample prompt, each with its own seed; 0: no samples at all, not even at the end."""
+    sample_guidance: Auto | Annotated[float, Field(ge=0, le=50)] = "auto"
+    """Guidance of samples, and of the images that a checkpoint is chosen by."""
+    select: Literal["last", "balanced", "subject", "prompt"] = "last"
+    """Checkpoint that becomes the result: the "last", or the best by DINO x CLIP-T, DINO or CLIP-T."""
+    select_prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Drawn and measured at each checkpoint, with "{token}" and "{noun}"; empty: four plain scenes."""
+    select_images: Annotated[int, Field(ge=1, le=64)] = 2
+    """Images per selection prompt."""
+    stop_early: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """End the run after so many checkpoints in a row below the best one before them; 0 is never."""
+    validation_every: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """Steps between validation losses: fixed noise and timesteps, the subject's and the class's apart."""
+    validation_photos: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Last photos of each subject that validation keeps from training; 0: the training photos serve."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
 
@@ -237,6 +262,7 @@ class Recipe(Section):
     images: ImagesSection = ImagesSection()
     memory: MemorySection = MemorySection()
     speed: SpeedSection = SpeedSection()
+    evaluation: EvaluationSection = EvaluationSection()
     run: RunSection = RunSection()
 
     @field_validator("memory", mode="before")

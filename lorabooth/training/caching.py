@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lorabooth.data.batches import Orders
@@ -14,7 +14,7 @@ from lorabooth.families.source import weights_digest
 from lorabooth.progress import Reporter
 from lorabooth.recipe import ImagesSection, Recipe
 from lorabooth.training.setting import Setting
-from lorabooth.training.subjects import preview_prompts
+from lorabooth.training.subjects import held_out, preview_prompts, selection_prompts
 from lorabooth.types import Cond, Record
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Examples:
         latents: of both.
         conds: caption -> conditioning, or tokens if the text encoder trains.
         orders: remembers the order of an epoch from step to step.
+        held_out: photos and class examples that validation keeps from training; empty if it keeps none.
     """
 
     instance: tuple[Record, ...]
@@ -38,6 +39,18 @@ class Examples:
     latents: LatentIndex
     conds: Mapping[str, Cond]
     orders: Orders = field(default_factory=Orders)
+    held_out: tuple[Record, ...] = ()
+
+    def without(self, count: int) -> Examples:
+        """Without the last `count` photos of each subject, and as many class examples, which are held out.
+
+        What mode "distill" makes of a held-out photo is held out with it.
+        """
+        if not count:
+            return self
+        instance, photos = held_out(self.instance, count)
+        classes, kept_back = held_out(self.classes, count)
+        return replace(self, instance=instance, classes=classes, held_out=(*photos, *kept_back))
 
 
 def encode_examples(
@@ -120,14 +133,15 @@ def cache_and_release(
     """Encode everything; then VAE and (unless it trains) text encoder leave memory, which is proven.
 
     Returns:
-        The examples, and the previews' text embeddings by prompt, "" included (None while the text encoder
-        stays).
+        The examples, and the text embeddings of all that will be drawn by prompt, "" included (None while the
+        text encoder stays).
     """
     recipe, family = setting.recipe, setting.family
     setting.base.to(setting.device, "vae", *setting.parts.text_encoders)
     examples = encode_examples(
         family, setting.parts, recipe, setting.photos.records, classes, store=store, reporter=reporter
     )
+    examples = examples.without(recipe.run.validation_photos)
     if recipe.adapter.text_encoder:
         released = setting.base.release("vae")
         encoded = None
@@ -135,6 +149,10 @@ def cache_and_release(
         prompts = ["", *preview_prompts(recipe, setting.subjects)]
         conds = family.encode_prompts(setting.parts, prompts)
         encoded = {prompt: cond["encoder_hidden_states"] for prompt, cond in zip(prompts, conds, strict=True)}
+        # One by one: no more memory than the samples' prompts take, which are not rounded otherwise for them.
+        for prompt in selection_prompts(recipe, setting.subjects):
+            (cond,) = family.encode_prompts(setting.parts, [prompt])
+            encoded.setdefault(prompt, cond["encoder_hidden_states"])
         released = setting.base.release("vae", *setting.parts.text_encoders)
     reporter.say(f"{', '.join(released.names)} left memory: {released.bytes / 2**20:.1f} MiB")
     return examples, encoded

@@ -30,7 +30,7 @@ def plan_run(recipe: Recipe, *, out: Path | None, reporter: Reporter, fresh: boo
     place = folders.out_of(out, setting.recipe, fresh=fresh)
     folder = folders.check(place, setting.recipe, identity.of(setting))
     trained = _trained(setting)
-    going_on.tell(going_on.find(folder, int(setting.recipe.optim.steps), reporter), reporter)
+    going_on.tell(going_on.find(folder, setting.recipe, reporter), reporter)
     optim = setting.recipe.optim
     n_step = optim.batch_size * optim.accumulate
     return Plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorabooth.progress import Reporter
@@ -26,6 +26,7 @@ class Eta:
         once_s: what one draw of all previews ("samples") and one checkpoint ("checkpoints") take, as far as
             that is known.
         reporter: hears of the estimate.
+        measured: checkpoints are measured; what that takes is not known before it is done.
         estimated_s: seconds by phase, from the first step of this process on; empty before the estimate.
     """
 
@@ -35,6 +36,7 @@ class Eta:
     previews: bool
     once_s: Mapping[str, float]
     reporter: Reporter
+    measured: bool = False
     estimated_s: dict[str, float] = field(default_factory=dict)
     _steps_s: list[float] = field(default_factory=list)
     _seen: int = 0
@@ -60,6 +62,7 @@ class Eta:
         counts = {
             "samples": self._times(done, self.preview_every) if self.previews else 0,
             "checkpoints": self._times(done, self.checkpoint_every),
+            "selection": self._times(done, self.checkpoint_every) if self.measured else 0,
         }
         left |= {name: self.once_s[name] * count for name, count in counts.items() if name in self.once_s}
         self.estimated_s |= {**left, "training": left["training"] + self._passed_s}
@@ -67,13 +70,17 @@ class Eta:
         if told:
             parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in told.items())
             unknown = [name for name, count in counts.items() if count and name not in self.once_s]
-            without = f" ({' and '.join(unknown)} not measured yet)" if unknown else ""
+            without = f" ({_listed(unknown)} not measured yet)" if unknown else ""
             self.reporter.say(f"about {duration(sum(told.values()))} to go: {parts}{without}")
 
     def _times(self, done: int, every: int) -> int:
         """How often something happens that is due every so many steps, and at the end."""
         due = len(range(done // every * every + every, self.stop, every)) if every else 0
         return due + 1
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def duration(seconds: float) -> str:

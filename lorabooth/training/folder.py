@@ -47,6 +47,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def selection(self) -> Path:
+        """A line per measured checkpoint; absent where the last one is taken."""
+        return self.root / "selection.jsonl"
+
+    @property
     def adapter(self) -> Path:
         """The result."""
         return self.root / "adapter.safetensors"

@@ -14,8 +14,9 @@ from lorabooth.adapters import inject
 from lorabooth.errors import RecipeError, TrainingError
 from lorabooth.memory.apply import NAMES
 from lorabooth.progress import Reporter
+from lorabooth.recipe import Recipe
 from lorabooth.training import folder as folders
-from lorabooth.training import state
+from lorabooth.training import selection, state
 from lorabooth.training.alarms import Watch
 from lorabooth.training.compose import ADAPTER_NAME
 from lorabooth.training.folder import RunFolder
@@ -42,24 +43,26 @@ class Standing:
     finished: bool
 
 
-def find(folder: RunFolder, total: int, reporter: Reporter) -> Standing:
+def find(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> Standing:
     """Look at what is there; nothing is changed.
 
     Args:
         folder: of this recipe's run, or free.
-        total: steps that are wanted.
+        recipe: without "auto": how many steps are wanted, and when a run ends early.
         reporter: hears of torn checkpoints.
 
     Raises:
         RecipeError: the run has more steps than are wanted, or is finished and cannot be made longer because
             its checkpoints are gone.
     """
-    checkpoint = state.newest(folder.root, reporter)
+    total, checkpoint = int(recipe.optim.steps), state.newest(folder.root, reporter)
     finished = folder.is_finished()
+    ended_early = finished and selection.is_over(selection.recorded(folder), recipe)
     if finished and checkpoint is None and folder.adapter.is_file():
         # Somebody made room: the result is there, and only going on is impossible.
         steps = adapter_file.read(folder.adapter).metadata.steps
-        if steps < total:
+        steps = int(folders.read_json(folder.facts).get("steps_done", steps))
+        if steps < total and not ended_early:
             raise RecipeError(
                 f"{folder.root} is done with {steps} steps, and its checkpoints are gone: it cannot go on "
                 f"to {total}.",
@@ -72,13 +75,15 @@ def find(folder: RunFolder, total: int, reporter: Reporter) -> Standing:
             f"optim.steps is {total}, but {folder.root} has {steps} steps already.",
             "Give as many or more, or --fresh to start beside it.",
         )
-    return Standing(folder, total, checkpoint, steps, finished and checkpoint is not None and steps >= total)
+    is_done = finished and checkpoint is not None and (steps >= total or ended_early)
+    return Standing(folder, total, checkpoint, steps, is_done)
 
 
 def tell(standing: Standing, reporter: Reporter) -> None:
     """Say how far the run is, if it has begun."""
     if standing.finished:
-        reporter.say(f"{standing.folder.root} is done already: {standing.steps} steps.")
+        early = f" of {standing.total}; run.stop_early ended it" if standing.steps < standing.total else ""
+        reporter.say(f"{standing.folder.root} is done already: {standing.steps} steps{early}.")
     elif standing.steps:
         reporter.say(f"going on from step {standing.steps} of {standing.total}")
     elif standing.folder.facts.is_file():

@@ -41,6 +41,11 @@ class Identity:
 
     digests: Mapping[str, Mapping[str, str]]
 
+    @property
+    def photos(self) -> Mapping[str, str]:
+        """`photo_name` -> SHA-256."""
+        return self.digests[_PHOTOS]
+
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
         return {"format": _FORMAT, **{kind: dict(found) for kind, found in self.digests.items()}}
@@ -56,16 +61,21 @@ def of(setting: Setting) -> Identity:
     captions: dict[str, str] = {}
     for number, scan in enumerate(setting.photos.scans):
         for record in scan.records:
-            name = f"{number}/{_normal(record.path.name)}"
-            photos[name] = _digest(record.path)
+            name = photo_name(number, record.path)
+            photos[name] = file_digest(record.path)
             captions[name] = hashlib.sha256(record.caption.encode()).hexdigest()
     own: dict[str, str] = {}
     if setting.recipe.prior.mode == "images":
         scan = subjects.own_class_images(Path(setting.recipe.prior.images), setting.subjects)
-        own = {_normal(record.path.name): _digest(record.path) for record in scan.records}
+        own = {_normal(record.path.name): file_digest(record.path) for record in scan.records}
     base = {name: weights_digest(setting.parts.source, name) for name in _COMPONENTS}
     base["scheduler"] = _config_digest(setting.parts.scheduler_config)
     return Identity({_PHOTOS: photos, _CAPTIONS: captions, _CLASS_IMAGES: own, _BASE: base})
+
+
+def photo_name(number: int, path: Path) -> str:
+    """What a photo of subject `number` (0 is the first) is called in an identity."""
+    return f"{number}/{_normal(path.name)}"
 
 
 def parse(value: Mapping[str, Any]) -> Identity | None:
@@ -124,7 +134,12 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -95,6 +95,11 @@ class Hooks:
         checkpoint_every: 0 is off (the end is still saved).
         preview_every: 0 is off.
         paced: told of each step and the seconds it took.
+        ends: called after each checkpoint that is due or the last: whether the run ends there, though steps
+            are left; the same in all processes. None goes on to the last step.
+        validate: computes losses on what is not drawn at random, for the line of the step that is done; takes
+            no part in the step. Called when due.
+        validate_every: 0 is off.
     """
 
     checkpoint: Callable[[int], None]
@@ -102,6 +107,13 @@ class Hooks:
     checkpoint_every: int
     preview_every: int
     paced: Callable[[int, float], object] | None = None
+    ends: Callable[[int], bool] | None = None
+    validate: Callable[[], Mapping[str, float]] | None = None
+    validate_every: int = 0
+
+    def validated(self, done: int) -> bool:
+        """Whether validation is due after `done` steps."""
+        return self.validate is not None and self.validate_every > 0 and done % self.validate_every == 0
 
 
 def run_steps(
@@ -157,8 +169,10 @@ def run_steps(
                     asked=asked,
                     want_up_norms=watch.alarms.want_up_norms,
                 )
-            told.add(done, lr, launched)
             last.steps = done
+            extra, aside_s = _validation(hooks, done)
+            began_s += aside_s
+            told.add(done, lr, launched, extra)
             saved = done == stop or (hooks.checkpoint_every > 0 and done % hooks.checkpoint_every == 0)
             drawn = hooks.preview_every > 0 and done % hooks.preview_every == 0 and done < stop
             # What is saved has been judged: a step's figures come late only between two saves.
@@ -171,6 +185,10 @@ def run_steps(
                 metrics.sync()
                 hooks.checkpoint(done)
                 last.saved = done
+                # Who was asked to stop does not wait for a measurement: the next process makes up for it.
+                waits = not (alone and asked and done < stop)
+                if waits and hooks.ends is not None and hooks.ends(done):
+                    break
             if drawn:
                 hooks.preview(done)
             # Several ranks must stop at the same step: only what all of them have heard counts.
@@ -185,6 +203,14 @@ def run_steps(
                     "The same command again goes on from here.",
                 )
     return watch
+
+
+def _validation(hooks: Hooks, done: int) -> tuple[Mapping[str, float], float]:
+    """The step's validation losses if they are due, and the seconds they took, which are not the step's."""
+    if hooks.validate is None or not hooks.validated(done):
+        return {}, 0.0
+    began_s = time.perf_counter()
+    return hooks.validate(), time.perf_counter() - began_s
 
 
 def _maker(session: Session) -> Callable[[int], Forwards]:
@@ -213,11 +239,11 @@ class _Told:
     watch: Watch
     reporter: Reporter
     stopping: bool = False
-    waiting: deque[tuple[int, float, Launched]] = field(default_factory=deque)
+    waiting: deque[tuple[int, float, Launched, Mapping[str, float]]] = field(default_factory=deque)
 
-    def add(self, step: int, lr: float, launched: Launched) -> None:
-        """A step was launched; `step` counts it."""
-        self.waiting.append((step, lr, launched))
+    def add(self, step: int, lr: float, launched: Launched, extra: Mapping[str, float]) -> None:
+        """A step was launched; `step` counts it, and `extra` belongs to its line."""
+        self.waiting.append((step, lr, launched, extra))
 
     def tell(self, *, since_s: float, hold: int) -> None:
         """Tell of all steps but the last `hold`; waits until they are done.
@@ -226,10 +252,10 @@ class _Told:
             TrainingError: the run does not learn any more.
         """
         while len(self.waiting) > hold:
-            step, lr, launched = self.waiting.popleft()
+            step, lr, launched, extra = self.waiting.popleft()
             figures = launched()
             seconds = time.perf_counter() - since_s
-            line = {"step": step, **figures.line, "lr": lr, "step_s": seconds}
+            line = {"step": step, **figures.line, **extra, "lr": lr, "step_s": seconds}
             if self.session.accelerator.is_main_process:
                 self.metrics.append(line)
             self.task.advance(1, loss=f"{line['loss']:.4f}", lr=f"{lr:.1e}")

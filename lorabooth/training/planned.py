@@ -21,7 +21,9 @@ FORECAST_OF: Mapping[str, str] = MappingProxyType(
         "setting up": "training",
         "pool": "training",
         "training": "training",
+        "validation": "training",
         "samples": "previews",
+        "selection": "previews",
         "checkpoints": "saving",
     }
 )

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorabooth import durable
 from lorabooth.errors import LoraboothError
-from lorabooth.families.base import Family, Parts
-from lorabooth.progress import Reporter
+from lorabooth.training.easel import Easel
 from lorabooth.training.folder import RunFolder
-from lorabooth.training.studio import Studio
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,36 +24,23 @@ class Previews:
     """Draws the run's sample prompts when asked.
 
     Attributes:
-        family: of the base.
-        complete: gives the parts with a VAE (loaded anew if it has left memory).
-        studio: what draws.
+        easel: what draws.
         prompts: rows of the grid.
         seeds: its columns.
-        steps: sampler steps.
-        guidance: classifier-free guidance scale.
-        side_px: image side.
-        encoded: prompt -> text embedding, and "" for guidance; None while the text encoder is there.
         folder: where they are written.
         adapter_off: context with the adapter switched off.
-        reporter: hears of progress and failures.
-        at_once: images drawn together; None is all of a prompt.
-        whole: context in which the denoiser is whole; of a hollowed one the deep middle is loaded again.
     """
 
-    family: Family
-    complete: Callable[[], Parts]
-    studio: Studio
+    easel: Easel
     prompts: Sequence[str]
     seeds: Sequence[int]
-    steps: int
-    guidance: float
-    side_px: int
-    encoded: Mapping[str, Tensor] | None
     folder: RunFolder
     adapter_off: Callable[[], AbstractContextManager[Any]]
-    reporter: Reporter
-    at_once: int | None = None
-    whole: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @property
+    def side_px(self) -> int:
+        """Of an image."""
+        return self.easel.side_px
 
     def draw(self, step: int, *, adapter: bool = True) -> Path | None:
         """Draw all prompts with all seeds into samples/step-NNNNNN, with a grid.
@@ -71,22 +55,15 @@ class Previews:
         place = self.folder.step_samples(step) if adapter else self.folder.samples / "before"
         pairs = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         try:
-            with self.whole(), nullcontext() if adapter else self.adapter_off():
-                images = self.studio.generate(
-                    self.family.pipeline(self.complete()),
-                    [prompt for prompt, _ in pairs],
-                    [seed for _, seed in pairs],
-                    steps=self.steps,
-                    guidance=self.guidance,
-                    height_px=self.side_px,
-                    width_px=self.side_px,
-                    batch_size=len(self.seeds) if self.at_once is None else min(self.at_once, len(pairs)),
-                    encoded=self.encoded,
-                    reporter=self.reporter,
+            with nullcontext() if adapter else self.adapter_off():
+                images = self.easel.draw(
+                    [prompt for prompt, _ in pairs], [seed for _, seed in pairs], at_once=len(self.seeds)
                 )
             return self._save(place, pairs, images, "before training" if not adapter else f"step {step}")
         except (LoraboothError, OSError) as error:
-            self.reporter.warn(f"the samples of step {step} could not be drawn; training goes on. {error}")
+            self.easel.reporter.warn(
+                f"the samples of step {step} could not be drawn; training goes on. {error}"
+            )
             return None
 
     def _save(
@@ -95,10 +72,10 @@ class Previews:
         durable.make_folder(place)
         for index, ((prompt, seed), image) in enumerate(zip(pairs, images, strict=True)):
             facts = {"prompt": prompt, "seed": str(seed)}
-            durable.replace(place / self.studio.file_name(prompt, seed, index), png(image, facts))
+            durable.replace(place / self.easel.studio.file_name(prompt, seed, index), png(image, facts))
         columns = len(self.seeds)
         rows = [images[first : first + columns] for first in range(0, len(images), columns)]
-        grid = self.studio.draw_grid(
+        grid = self.easel.studio.draw_grid(
             rows,
             row_labels=list(self.prompts),
             column_labels=[f"seed {seed}" for seed in self.seeds],

@@ -110,6 +110,13 @@ def resolve(
         "optim": optim,
         "images": recipe.images.model_copy(update={"resolution": resolution}),
         "memory": memory,
+        "run": recipe.run.model_copy(
+            update={
+                "sample_guidance": pick(
+                    "run.sample_guidance", recipe.run.sample_guidance, defaults.guidance, by_family
+                )
+            }
+        ),
     }
     return Resolved(recipe.model_copy(update=update), tuple(pick.choices))
 
@@ -147,7 +154,7 @@ def _prior(
         "sampler_steps": pick(
             "prior.sampler_steps", given.sampler_steps, defaults.sampler_steps, "enough for DPM-Solver++"
         ),
-        "guidance": pick("prior.guidance", given.guidance, defaults.guidance, by_family),
+        "guidance": pick("prior.guidance", given.guidance, defaults.class_guidance, by_family),
     }
     if len(prompts) == 1:  # with several classes "auto" stays: each subject has its own class prompt
         update["prompt"] = pick("prior.prompt", given.prompt, prompts[0], "the template without the token")

@@ -10,8 +10,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorabooth.adapters import file as adapter_file
-from lorabooth.adapters import inject
 from lorabooth.data.cache import Store, default_root
 from lorabooth.errors import InterruptedRunError
 from lorabooth.progress import Reporter, Silent
@@ -20,26 +18,26 @@ from lorabooth.training import equipment, going_on, space, state
 from lorabooth.training import folder as folders
 from lorabooth.training import identity as identities
 from lorabooth.training import pool as pools
+from lorabooth.training import selection as selections
 from lorabooth.training.alarms import Watch
 from lorabooth.training.caching import cache_and_release
 from lorabooth.training.class_images import class_examples
-from lorabooth.training.compose import ADAPTER_NAME, attach, compose
-from lorabooth.training.eta import Eta
+from lorabooth.training.compose import attach, compose
 from lorabooth.training.facts import Ledger
 from lorabooth.training.folder import RunFolder
 from lorabooth.training.going_on import Standing
 from lorabooth.training.identity import Identity
 from lorabooth.training.log import MetricsLog
 from lorabooth.training.log import read as read_metrics
-from lorabooth.training.loop import Hooks, Session, run_steps
 from lorabooth.training.plan import choices_text
 from lorabooth.training.planned import Planned, miss_texts
-from lorabooth.training.previews import Previews
 from lorabooth.training.processes import process_state
 from lorabooth.training.ran_out import RanOutError, Shortage, detail_of, forecast_phase, is_shortage
 from lorabooth.training.setting import Clock, Setting, open_setting, summary_lines
 from lorabooth.training.speed import speed_facts
-from lorabooth.training.studio import Studio
+from lorabooth.training.studio import Referee, Studio
+from lorabooth.training.validation import validation_of
+from lorabooth.training.work import Work, rotate
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,8 @@ class Outcome:
     Attributes:
         folder: of the run.
         recipe: effective, without "auto".
-        steps: optimizer steps that the adapter was trained for.
+        steps: optimizer steps of the run.
+        chosen: step of the checkpoint that the adapter is of; the last one, unless run.select says otherwise.
         final_loss: of the last step; NaN if there is none.
         resumed_from: step that this call went on from; 0 for a new run.
         finished_before: nothing was left to do.
@@ -59,6 +58,7 @@ class Outcome:
     folder: RunFolder
     recipe: Recipe
     steps: int
+    chosen: int
     final_loss: float
     resumed_from: int
     finished_before: bool
@@ -104,17 +104,18 @@ def run(
         if is_main:
             folders.sweep(folder)
             state.sweep(folder.root)
-        standing = going_on.find(folder, int(setting.recipe.optim.steps), reporter)
+        standing = going_on.find(folder, setting.recipe, reporter)
         going_on.tell(standing, reporter)
         if standing.finished:
             return _left_alone(standing, setting.recipe, reporter)
+        referee = selections.open_referee(setting.recipe, studio)
         ledger = Ledger(folder, setting, clock, folders.read_json(folder.facts), planned)
         if is_main:
             _begin(standing, setting.recipe, identity, ledger, reporter)
             # Killed after its last save and before this, a run would keep one checkpoint too many for good.
-            _rotate(folder, setting.recipe.run.keep, reporter)
+            rotate(folder, setting.recipe, reporter)
         with _ends_told(ledger, is_main=is_main):
-            outcome = _run_phases(standing, setting, ledger, studio, reporter)
+            outcome = _run_phases(standing, setting, ledger, studio, referee, reporter)
         for miss in miss_texts(planned, clock):
             reporter.warn(f"memory: {miss}")
         return outcome
@@ -123,12 +124,15 @@ def run(
 def _left_alone(standing: Standing, recipe: Recipe, reporter: Reporter) -> Outcome:
     """A finished run: only an adapter that is gone is written again."""
     folder, checkpoint = standing.folder, standing.checkpoint
+    chosen = selections.chosen_in(folder, standing.steps)
     if checkpoint is not None and not folder.adapter.is_file():
-        going_on.deliver(checkpoint, folder)
-        reporter.say(f"{folder.adapter.name} was gone and is written again, from the last checkpoint.")
+        whole = checkpoint if chosen == standing.steps else state.at(folder.root, chosen) or checkpoint
+        going_on.deliver(whole, folder)
+        which = "the last checkpoint" if whole is checkpoint else f"the checkpoint of step {chosen}"
+        reporter.say(f"{folder.adapter.name} was gone and is written again, from {which}.")
     else:
         reporter.say("Nothing was changed.")
-    return _outcome(folder, recipe, standing.steps, standing.steps, finished_before=True)
+    return _outcome(folder, recipe, standing.steps, chosen, standing.steps, finished_before=True)
 
 
 def _begin(
@@ -178,7 +182,7 @@ def _shortage(ledger: Ledger, error: BaseException) -> Shortage:
     setting, failed = ledger.setting, ledger.clock.failed
     return Shortage(
         phase=forecast_phase(failed[0] if failed else ""),
-        steps=going_on.find(ledger.folder, int(setting.recipe.optim.steps), Silent()).steps,
+        steps=going_on.find(ledger.folder, setting.recipe, Silent()).steps,
         recipe=setting.recipe,
         source=setting.parts.source,
         device=setting.device,
@@ -189,7 +193,12 @@ def _shortage(ledger: Ledger, error: BaseException) -> Shortage:
 
 
 def _run_phases(
-    standing: Standing, setting: Setting, ledger: Ledger, studio: Studio, reporter: Reporter
+    standing: Standing,
+    setting: Setting,
+    ledger: Ledger,
+    studio: Studio,
+    referee: Referee | None,
+    reporter: Reporter,
 ) -> Outcome:
     recipe, folder, clock, start = setting.recipe, standing.folder, ledger.clock, standing.steps
     accelerator = equipment.accelerator_of(setting, folder)
@@ -223,93 +232,45 @@ def _run_phases(
     metrics = MetricsLog(folder.metrics)
     if accelerator.is_main_process:
         metrics.truncate_after(start)
-    previews = equipment.previews_of(setting, studio, encoded, folder, reporter)
+    easel = equipment.easel_of(setting, studio, encoded, reporter)
+    previews = equipment.previews_of(setting, easel, folder)
+    validation = validation_of(setting, examples, session)
+    if validation is not None:
+        ledger.note("validation", validation.facts())
     space.require(folder.root, equipment.amounts_of(recipe, session, attached.n_parameters, previews))
+    work = Work(
+        standing,
+        setting,
+        session,
+        metrics,
+        ledger,
+        watch,
+        reporter,
+        previews=previews,
+        selection=equipment.selection_of(setting, easel, folder, referee, start=start),
+        validation=validation,
+    )
     try:
-        grid = _train(standing, setting, session, metrics, previews, ledger, watch, reporter)
+        result = work.do()
     finally:
         ledger.note("warnings", watch.warnings)
         ledger.note("speed", speed_facts(session))
     accelerator.end_training()
-    return replace(_outcome(folder, recipe, standing.total, start, finished_before=False), grid=grid)
-
-
-def _train(
-    standing: Standing,
-    setting: Setting,
-    session: Session,
-    metrics: MetricsLog,
-    previews: Previews | None,
-    ledger: Ledger,
-    watch: Watch,
-    reporter: Reporter,
-) -> Path | None:
-    """The steps, with samples before, between and after; the adapter is delivered last."""
-    recipe, clock, folder = setting.recipe, ledger.clock, standing.folder
-    start, total, is_main = standing.steps, standing.total, session.accelerator.is_main_process
-    components, metadata = setting.parts.components(), equipment.metadata_of(setting)
-
-    def write_adapter(path: Path, steps: int) -> None:
-        adapter_file.write(path, inject.tensors(components, ADAPTER_NAME), replace(metadata, steps=steps))
-
-    def save(step: int) -> None:
-        if is_main:
-            with clock.phase("checkpoints"):
-                state.save(
-                    folder.root,
-                    step=step,
-                    adapter_writer=lambda path: write_adapter(path, step),
-                    optimizer=session.optimizer,
-                    facts=going_on.facts(session, watch),
-                )
-                _rotate(folder, recipe.run.keep, reporter)
-            ledger.note("steps_done", step)
-        session.accelerator.wait_for_everyone()
-
-    def draw(step: int, *, adapter: bool = True) -> Path | None:
-        if previews is None or not is_main:
-            return None
-        with clock.phase("samples"):
-            draws.append(step)
-            return previews.draw(step, adapter=adapter)
-
-    every, draws = recipe.run.sample_every, list[int]()
-    if not (folder.samples / "before" / "grid.png").is_file():
-        draw(0, adapter=False)
-    # Killed after the checkpoint and before its preview: nobody else would draw it.
-    if every and 0 < start < total and start % every == 0 and not going_on.grid_of(folder, start).is_file():
-        draw(start)
-    once_s = {"samples": clock.seconds["samples"] / len(draws)} if draws else {}
-    eta = Eta(total, recipe.run.checkpoint_every, every, previews is not None, once_s, reporter)
-    hooks = Hooks(save, draw, recipe.run.checkpoint_every, every, paced=eta)
-    try:
-        with clock.phase("training"):
-            run_steps(session, hooks, metrics, start=start, stop=total, reporter=reporter, watch=watch)
-    finally:
-        ledger.note("estimated_s", {name: round(seconds, 3) for name, seconds in eta.estimated_s.items()})
-    if is_main:
-        going_on.deliver(going_on.last(folder, total, reporter), folder)
-    return draw(total)
-
-
-def _rotate(folder: RunFolder, keep: int, reporter: Reporter) -> None:
-    """Old checkpoints that cannot be deleted are in nobody's way."""
-    try:
-        state.rotate(folder.root, keep)
-    except OSError as error:
-        reporter.warn(f"an old checkpoint could not be deleted: {error.strerror or error}")
+    outcome = _outcome(folder, recipe, result.steps, result.chosen, start, finished_before=False)
+    return replace(outcome, grid=result.grid)
 
 
 def _outcome(
-    folder: RunFolder, recipe: Recipe, steps: int, resumed_from: int, *, finished_before: bool
+    folder: RunFolder, recipe: Recipe, steps: int, chosen: int, resumed_from: int, *, finished_before: bool
 ) -> Outcome:
     lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
     loss = lines[-1]["loss"] if lines else None
-    grid = going_on.grid_of(folder, steps)
+    grid = going_on.grid_of(folder, chosen)
     return Outcome(
         folder=folder,
         recipe=recipe,
         steps=steps,
+        chosen=chosen,
         final_loss=float("nan") if loss is None else float(loss),
         resumed_from=resumed_from,
         finished_before=finished_before,

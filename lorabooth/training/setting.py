@@ -148,6 +148,7 @@ def open_setting(recipe: Recipe, clock: Clock, reporter: Reporter) -> Setting:
         require_techniques(recipe.memory, device)
         require_speed(recipe.speed, device)
         photos = _gather(recipe, resolution_px=side_px, reporter=reporter)
+        subjects.require_left_over(photos, recipe.run.validation_photos)
     for path, warning in photos.report.warnings:
         reporter.warn(f"{printable(path.name)}: {warning}")
     facts = describe_device(device)

@@ -31,6 +31,7 @@ class Amounts:
         sample_every: steps between previews; 0 draws only before and after.
         images: of one preview; 0 for none at all.
         side_px: of an image.
+        chosen: the best checkpoint so far is kept beside the newest, and drawn at the end.
     """
 
     checkpoint_bytes: int
@@ -41,19 +42,21 @@ class Amounts:
     sample_every: int
     images: int
     side_px: int
+    chosen: bool = False
 
     @property
     def checkpoints(self) -> int:
         """Most checkpoints at one time: an old one goes only when the new one is whole."""
         ever = 1 + (max(0, self.steps - 1) // self.checkpoint_every if self.checkpoint_every else 0)
-        return ever if self.keep == 0 else min(ever, self.keep + 1)
+        return ever if self.keep == 0 else min(ever, self.keep + 1 + self.chosen)
 
     @property
     def previews(self) -> int:
         """Folders of samples: before, between, after."""
         if not self.images:
             return 0
-        return 2 + (max(0, self.steps - 1) // self.sample_every if self.sample_every else 0)
+        between = max(0, self.steps - 1) // self.sample_every if self.sample_every else 0
+        return 2 + between + self.chosen
 
 
 def predict(run_folder: Path, amounts: Amounts) -> dict[Path, int]:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -104,9 +104,16 @@ def newest(run_folder: Path, reporter: Reporter) -> Checkpoint | None:
     for step, folder in _listed(run_folder):
         problem = _problem(folder, step)
         if not problem:
-            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))["facts"]
-            return Checkpoint(folder, step, facts)
+            return _read(folder, step)
         reporter.warn(f"checkpoint {folder.name} is not whole ({problem}); the one before it is used.")
+    return None
+
+
+def at(run_folder: Path, step: int) -> Checkpoint | None:
+    """The whole checkpoint of one step, or None."""
+    for number, folder in _listed(run_folder):
+        if number == step and not _problem(folder, number):
+            return _read(folder, number)
     return None
 
 
@@ -146,7 +153,7 @@ def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> int:
     return int(size * 1.05) + 2**20
 
 
-def rotate(run_folder: Path, keep: int) -> list[Path]:
+def rotate(run_folder: Path, keep: int, spared: Collection[int] = ()) -> list[Path]:
     """Delete checkpoints that are older than the newest `keep` whole ones.
 
     Call it after a save. Torn ones do not count, so the only good one is never deleted.
@@ -154,20 +161,28 @@ def rotate(run_folder: Path, keep: int) -> list[Path]:
     Args:
         run_folder: the run's folder.
         keep: whole checkpoints to keep; 0 keeps everything.
+        spared: steps whose checkpoint is kept, whole and however old.
 
     Returns:
         The folders that are gone.
     """
     if not keep:
         return []
-    whole, gone = 0, []
+    whole, gone, to_spare = 0, [], set(spared)
     for step, folder in _listed(run_folder):
-        if whole >= keep:
+        is_old = whole >= keep
+        if is_old and step not in to_spare:
             _discard(folder)
             gone.append(folder)
         elif not _problem(folder, step):
             whole += 1
+            to_spare.discard(step)
     return gone
+
+
+def _read(folder: Path, step: int) -> Checkpoint:
+    facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))["facts"]
+    return Checkpoint(folder, step, facts)
 
 
 def _write_files(

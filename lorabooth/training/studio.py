@@ -1,4 +1,4 @@
-"""What training borrows from evaluation, given to it from above: drawing images and laying them out."""
+"""What training borrows from evaluation, given to it from above: drawing images, laying them out, judging."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorabooth.progress import Reporter
+    from lorabooth.recipe import Recipe
 
 
 class GenerateImages(Protocol):
@@ -55,6 +56,47 @@ class DrawGrid(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One image of the small evaluation.
+
+    Attributes:
+        prompt: what is drawn.
+        seed: of its first noise.
+        caption: what the image is held against: the prompt without the identifier.
+    """
+
+    prompt: str
+    seed: int
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What the images of one subject are given; None for what nobody can measure here.
+
+    Attributes:
+        dino: subject fidelity: mean cosine of images and photos.
+        clip_t: prompt fidelity: mean cosine of images and captions.
+    """
+
+    dino: float | None
+    clip_t: float | None
+
+
+@dataclass(frozen=True)
+class Referee:
+    """Measures images; holds the metrics' backbones, off the training device.
+
+    Attributes:
+        names: "dino" and "clip" -> the backbone's name.
+        marks: (a subject's photos, its shots, their images in the same order) -> marks.
+    """
+
+    names: Mapping[str, str]
+    marks: Callable[[Sequence[Image], Sequence[Shot], Sequence[Image]], Marks]
+
+
 @dataclass(frozen=True)
 class Studio:
     """The callables.
@@ -63,8 +105,11 @@ class Studio:
         generate: draws images.
         draw_grid: lays them out.
         file_name: (prompt, seed, index) -> name of an image file.
+        referee: opens what measures checkpoints; raises a LoraboothError that says what is missing. None
+            where nobody can be asked: then a recipe has to say run.select = "last".
     """
 
     generate: GenerateImages
     draw_grid: DrawGrid
     file_name: Callable[[str, int, int], str]
+    referee: Callable[[Recipe], Referee] | None = None

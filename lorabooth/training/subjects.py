@@ -9,8 +9,10 @@ from pathlib import Path
 from lorabooth.data import records
 from lorabooth.data.images import PhotoReport
 from lorabooth.data.records import Scan
+from lorabooth.errors import DataError
 from lorabooth.prompts import class_prompt, instance_prompt
 from lorabooth.recipe import Recipe
+from lorabooth.recipe.rules import printable
 from lorabooth.types import Record, Role
 
 
@@ -144,3 +146,66 @@ def preview_prompts(recipe: Recipe, subjects: Sequence[Subject]) -> tuple[str, .
             else:
                 filled.append(class_prompt(template, subject.placeholders["noun"]))
     return tuple(dict.fromkeys(filled))
+
+
+SELECTION_TEMPLATES = (
+    "a photo of a {token} {noun} on the beach",
+    "a photo of a {token} {noun} in the snow",
+    "a photo of a {token} {noun} at night",
+    "a painting of a {token} {noun}",
+)
+"""What every base can draw: three places and one other style."""
+
+
+def selection_templates(recipe: Recipe) -> tuple[str, ...]:
+    """The prompts that checkpoints are measured with; empty where the last one is taken."""
+    if recipe.run.select == "last":
+        return ()
+    return recipe.run.select_prompts or SELECTION_TEMPLATES
+
+
+def selection_prompts(recipe: Recipe, subjects: Sequence[Subject]) -> tuple[str, ...]:
+    """`selection_templates` filled in for every subject."""
+    templates = selection_templates(recipe)
+    filled = [filled_in(template, subject) for subject in subjects for template in templates]
+    return tuple(dict.fromkeys(filled))
+
+
+def filled_in(template: str, subject: Subject) -> str:
+    """A template with a subject's token and noun."""
+    return instance_prompt(template, subject.placeholders["token"], subject.placeholders["noun"])
+
+
+def held_out(records: Sequence[Record], count: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """(kept for training, kept from it): the last `count` of each subject, but never all of them.
+
+    Args:
+        records: of one role, in their order.
+        count: per subject.
+    """
+    taken: set[Record] = set()
+    for name in dict.fromkeys(record.subject for record in records):
+        own = [record for record in records if record.subject == name]
+        taken.update(own[len(own) - min(count, len(own) - 1) :])
+    kept = tuple(record for record in records if record not in taken)
+    return kept, tuple(record for record in records if record in taken)
+
+
+def require_left_over(photos: Photos, held: int) -> None:
+    """Whether something is left to train on.
+
+    Args:
+        photos: of all subjects.
+        held: run.validation_photos.
+
+    Raises:
+        DataError: it holds all photos of a subject out.
+    """
+    for scan in photos.scans:
+        if scan.records and held >= len(scan.records):
+            folder, count = scan.records[0].path.parent.name, len(scan.records)
+            raise DataError(
+                f"run.validation_photos = {held} leaves none of the {count} photo(s) in {printable(folder)} "
+                "to train on.",
+                f"Give at most {count - 1}, add photos, or set it to 0: then the training photos serve.",
+            )

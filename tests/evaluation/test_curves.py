@@ -5,7 +5,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lorabooth.evaluation.curves import Curves, draw_curves, read_curves, smooth
+from lorabooth.evaluation.curves import (
+    Curves,
+    SelectionCurve,
+    draw_curves,
+    draw_selection,
+    read_curves,
+    smooth,
+)
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -67,3 +74,35 @@ def test_long_and_short_runs_draw() -> None:
     steps = tuple(range(1, 30_001))
     assert len(draw_curves(Curves(steps, (0.1,) * 30_000, (None,) * 30_000))[0]) < 200_000
     assert draw_curves(Curves((1,), (0.0,), (0.1,)))
+
+
+def test_validation_losses_are_read_and_drawn_where_there_are_any(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss_instance": 0.5, "loss_prior": 0.2} for step in (1, 2, 3, 4)]
+    plain = read_curves(write(tmp_path / "plain", rows))
+    assert plain is not None
+    assert plain.validation_instance == plain.validation_prior == ()
+    assert "validation" not in "".join(draw_curves(plain))
+    for step in (2, 4):
+        rows[step - 1] |= {"val_loss": 0.4, "val_loss_instance": 0.3}
+    curves = read_curves(write(tmp_path / "validated", rows))
+    assert curves is not None
+    assert curves.validation_instance == (None, 0.3, None, 0.3)
+    assert curves.validation_prior == ()
+    subject, of_class = draw_curves(curves)
+    assert "validation" in subject
+    assert "validation" not in of_class
+
+
+def test_a_panel_for_each_measure_of_the_checkpoints() -> None:
+    def curve(criterion: str, clip_t: tuple[float | None, ...] = (0.4, 0.3)) -> SelectionCurve:
+        return SelectionCurve((10, 20), (0.2, 0.21), criterion, (0.5, 0.7), clip_t, chosen=20)
+
+    texts = [
+        "".join(ElementTree.fromstring(svg).itertext()) for svg in draw_selection(curve("DINO x CLIP-T"))
+    ]
+    assert [text.count("step") for text in texts] == [1, 1, 1]
+    for text, words in zip(texts, ("DINO x CLIP-T", "subject fidelity", "prompt fidelity"), strict=True):
+        assert words in text
+    assert len(draw_selection(curve("DINO"))) == 2, "what decides is not drawn twice"
+    assert len(draw_selection(curve("DINO", (None, None)))) == 1
+    assert draw_selection(SelectionCurve((), (), "DINO", (), (), chosen=6)) == ()

@@ -116,6 +116,16 @@ def test_a_run_without_class_images_and_samples_has_no_such_phases(recipe_of) ->
     assert json.loads(json.dumps(told.as_json()))["peak_bytes"] == told.peak_bytes
 
 
+def test_measuring_checkpoints_draws_as_previews_do(recipe_of) -> None:
+    def drawn(*overrides: str) -> int:
+        recipe = recipe_of("sd1", *overrides)
+        return predicted(recipe, phases=("previews",)).phase("previews").usage.peak_bytes
+
+    few = drawn("run.sample_count=0", "run.select=subject", "run.select_images=2")
+    assert few < drawn("run.sample_count=2", "run.select=subject", "run.select_images=8")
+    assert few == drawn("run.sample_count=2")
+
+
 def test_the_state_by_rule_is_that_of_bitsandbytes() -> None:
     """Above and below its 4096 elements, whole and torn blocks of 256."""
     import bitsandbytes

@@ -122,6 +122,12 @@ def test_misspelt_subject_key_names_the_subject() -> None:
         ("[optim]\nsteps = 10\nwarmup_steps = 11", "optim.warmup_steps", "more than optim.steps = 10"),
         ('[model]\nfamily = "a\\nb"', "model.family", "line break"),
         ("[run]\nsample_every = 5\nsample_count = 0", "run.sample_every", "run.sample_count = 0 draws no"),
+        ("[run]\nstop_early = 3", "run.stop_early", 'run.select = "last" measures no checkpoint'),
+        ("[run]\nselect = 'subject'\ncheckpoint_every = 0", "run.select", "leaves one checkpoint only"),
+        ("[run]\nselect_prompts = ['a {token} {noun}', 'a {noun}']", "run.select_prompts", "entry 2: "),
+        ("[run]\nselect_prompts = ['a {noun}']", "run.select_prompts", "lacks {token}"),
+        ("[run]\nvalidation_photos = 1", "run.validation_photos", "run.validation_every is 0"),
+        ("[run]\nvalidation_every = 1\n[memory]\nhollow = true", "run.validation_every", "memory.hollow"),
         ("[memory]\nprecision = 'fp32'\nbase_precision = 'bf16'", "memory.base_precision", '"bf16" rounds'),
         ("[memory]\nprecision = 'fp32'\nbase_precision = 'fp16'", "memory.base_precision", '"fp16" rounds'),
     ],
@@ -179,6 +185,8 @@ def test_what_is_unusual_but_fine() -> None:
         "[prior]\nweight = 0\nmode = 'none'",
         "[prior]\nweight = 0\nmode = 'distill'",
         "[run]\nsample_every = 0\nsample_count = 0",
+        "[run]\nselect = 'balanced'\nstop_early = 2\nselect_prompts = ['a {token} {noun} at sea']",
+        "[run]\nvalidation_every = 5\nvalidation_photos = 1",
         "[memory]\nprecision = 'bf16'\nbase_precision = 'fp16'",
         "[memory]\nprecision = 'fp32'\nbase_precision = 'fp32'",
         "[memory]\nbase_precision = 'bf16'",  # whether it fits is known where the device is
@@ -227,6 +235,7 @@ def test_every_error_names_its_key_and_no_other(values: dict[tuple[str, str], An
         named = {line.strip().split(":")[0] for line in str(error).splitlines()[1:]}
         joined = {"prior.images", "optim.warmup_steps", "optim.text_encoder_lr", "adapter.text_encoder_rank"}
         joined |= {"prior.weight", "run.sample_every", "memory.base_precision"}
+        joined |= {"run.stop_early", "run.validation_every", "run.validation_photos"}
         assert wrong - joined <= named <= wrong | joined
     else:
         assert wrong <= {

@@ -45,6 +45,21 @@ def test_from_toml_resolves_paths_beside_the_file(tmp_path: Path) -> None:
     assert recipe.prior.images == "/c"
 
 
+def test_metric_backbones_are_paths_where_they_look_like_paths_or_are_there(tmp_path: Path) -> None:
+    (tmp_path / "models" / "clip").mkdir(parents=True)
+    text = '[evaluation]\ndino = "./dino"\nclip = "models/clip"\nlpips = "some-org/lpips"\n' + SUBJECT
+    recipe = loads(text, tmp_path / "r.toml")
+    assert recipe.evaluation.dino == str(tmp_path / "dino")
+    assert recipe.evaluation.clip == str(tmp_path / "models" / "clip")
+    assert recipe.evaluation.lpips == "some-org/lpips"
+    own = with_overrides(recipe, ["evaluation.dino=pocket", "evaluation.clip=auto"])
+    assert (own.evaluation.dino, own.evaluation.clip) == ("pocket", "auto")
+    written = dump(recipe, tmp_path)
+    assert 'dino = "./dino"' in written
+    assert loads(written, tmp_path / "r.toml") == recipe
+    assert fingerprint(own) == fingerprint(recipe)  # what is measured with changes nothing that is learned
+
+
 def test_what_is_no_path_stays(tmp_path: Path) -> None:
     recipe = loads(f'[model]\nbase = "some-org/some-model"\n{SUBJECT}', tmp_path / "r.toml")
     assert recipe.model.base == "some-org/some-model"

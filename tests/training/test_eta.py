@@ -31,6 +31,14 @@ def test_what_was_not_measured_is_said_and_left_out() -> None:
     assert set(eta.estimated_s) == {"training"}
 
 
+def test_measuring_checkpoints_is_not_known_before() -> None:
+    listener = Listener()
+    eta = Eta(1000, 200, 0, False, {}, listener, measured=True)
+    for done in range(1, 50):
+        eta(done, 0.5)
+    assert listener.said == ["about 8 min to go: training 8 min (checkpoints and selection not measured yet)"]
+
+
 def test_a_run_of_a_few_steps_has_no_estimate() -> None:
     listener = Listener()
     eta = Eta(5, 0, 0, False, {}, listener)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorabooth.recipe import dump
-from tests.training import runs
+from tests.training import referees, runs
 
 
 @pytest.mark.slow
@@ -41,3 +42,31 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_sd: Path, photos: Path,
     for a, b in zip(two, one_, strict=True):
         for key in ("loss", "loss_instance", "loss_prior", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=2e-4), (a["step"], key)
+
+
+@pytest.mark.slow
+def test_two_processes_choose_and_stop_together(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "LORABOOTH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    env["ACCELERATE_USE_CPU"] = "true"
+    measured = referees.real(tmp_path / "backbones")
+    # CLIP-T of a small CLIP with random weights: whatever it says, one checkpoint after the best is worse.
+    chosen = ("run.select=prompt", "run.stop_early=1", "run.checkpoint_every=1", "optim.steps=12")
+    validated = ("run.validation_every=2", "run.validation_photos=1")
+    recipe = tmp_path / "recipe.toml"
+    wanted = runs.recipe(tiny_sd, photos, "prior.mode=none", *measured, *chosen, *validated)
+    recipe.write_text(dump(wanted), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    train = ["-m", "lorabooth", "train", str(recipe), "--out", str(tmp_path / "two"), "--quiet"]
+    done = subprocess.run(
+        [*launch, *train], env=env, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "two" / "run.json").read_text("utf-8"))
+    lines = [json.loads(line) for line in (tmp_path / "two" / "selection.jsonl").read_text().splitlines()]
+    marks = [line["clip_t"] for line in lines]
+    assert told["status"] == "finished"
+    assert told["selection"]["chosen"] == marks.index(max(marks)) + 1
+    assert len(runs.metrics(tmp_path / "two")) == len(lines)
+    fell = [n for n in range(1, len(marks)) if marks[n] < max(marks[:n])]
+    assert len(lines) == (fell[0] + 1 if fell else 12), "all stop at the first that is worse"
+    assert ["val_loss" in line for line in runs.metrics(tmp_path / "two")][:2] == [False, True]

@@ -18,6 +18,7 @@ DEFAULTS = Defaults(
     rank=16,
     steps=800,
     guidance=7.5,
+    class_guidance=5.0,
     sampler_steps=25,
 )
 DEVICES = {
@@ -69,7 +70,15 @@ def test_nothing_that_counts_stays_auto() -> None:
     ]
     means_nothing = ["adapter.text_encoder_rank", "optim.text_encoder_lr", "memory.hollow_keep"]
     chosen_when_it_runs = ["memory.checkpoint_blocks", "memory.budget", "memory.images_at_once"]
-    assert sorted(left) == sorted([*means_nothing, *chosen_when_it_runs, "run.out"])
+    measured_with = ["evaluation.dino", "evaluation.clip", "evaluation.lpips"]
+    assert sorted(left) == sorted([*means_nothing, *chosen_when_it_runs, *measured_with, "run.out"])
+
+
+def test_class_images_and_samples_have_a_guidance_of_their_own() -> None:
+    recipe = _resolve(_recipe()).recipe
+    assert (recipe.prior.guidance, recipe.run.sample_guidance) == (5.0, 7.5)
+    recipe = _resolve(_recipe("prior.guidance=2", "run.sample_guidance=3")).recipe
+    assert (recipe.prior.guidance, recipe.run.sample_guidance) == (2.0, 3.0)
 
 
 def test_what_the_user_wrote_stays() -> None:

@@ -21,7 +21,6 @@ from lorabooth.evaluation.apply import load_adapter
 from lorabooth.families import registry, source
 from lorabooth.memory import apply
 from lorabooth.progress import Silent
-from lorabooth.training import run as run_module
 from tests.training import runs
 
 FILES = {"recipe.toml", "run.json", "metrics.jsonl", "adapter.safetensors", "report.html", "checkpoints"}
@@ -230,7 +229,7 @@ def test_timings_and_warnings_add_up_over_a_resumed_run(tiny_sd: Path, photos: P
         (ZeroDivisionError(), ZeroDivisionError, "failed"),
     ],
 )
-@pytest.mark.parametrize("where", ["cache_and_release", "run_steps"])
+@pytest.mark.parametrize("where", ["run.cache_and_release", "work.run_steps"])
 def test_however_a_run_ends_it_is_written(
     tiny_sd: Path,
     photos: Path,
@@ -245,7 +244,7 @@ def test_however_a_run_ends_it_is_written(
         assert facts(tmp_path / "run")["status"] == "running"
         raise error
 
-    monkeypatch.setattr(run_module, where, fail)
+    monkeypatch.setattr(f"lorabooth.training.{where}", fail)
     with pytest.raises(raised) as caught:
         runs.train(tiny_sd, photos, tmp_path / "run")
     assert facts(tmp_path / "run")["status"] == status

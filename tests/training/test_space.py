@@ -67,6 +67,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ({"checkpoint_every": 60}, 2),
         ({"checkpoint_every": 30, "keep": 0}, 4),
         ({"steps": 1}, 1),
+        ({"chosen": True}, 4),  # the best one as well
     ],
 )
 def test_how_many_checkpoints_there_are_at_most(changes: dict[str, int], most: int) -> None:

@@ -217,6 +217,18 @@ def test_rotation_keeps_the_newest_whole_ones(tmp_path):
     assert state.newest(tmp_path, Silent()).step == 3
 
 
+def test_rotation_spares_what_it_is_told_to(tmp_path):
+    run = Run()
+    folders = [run.save(tmp_path, step).folder for step in (1, 2, 3, 4)]
+    assert sorted(state.rotate(tmp_path, 1, (2,))) == [folders[0], folders[2]]
+    assert [folder.exists() for folder in folders] == [False, True, False, True]
+    assert state.at(tmp_path, 2).folder == folders[1]
+    assert state.at(tmp_path, 3) is None
+    cut(folders[1] / "state.safetensors")
+    assert state.at(tmp_path, 2) is None, "not whole"
+    assert state.rotate(tmp_path, 1) == [folders[1]]
+
+
 def test_rotation_never_deletes_the_only_whole_one(tmp_path):
     run = Run()
     folders = [run.save(tmp_path, step).folder for step in (1, 2, 3)]
