@@ -114,10 +114,14 @@ def _recipe(file: Path | None, given: dict[str, Any], overrides: list[str]) -> R
 def result_text(result: RunResult) -> str:
     """Where everything is, and how to use it."""
     subject = result.recipe.subjects[0]
-    lines = [f"adapter  {result.adapter}"]
+    chosen = "" if result.recipe.run.select == "last" else f", of step {result.chosen} of {result.steps}"
+    lines = [f"adapter  {result.adapter}{chosen}"]
     if result.grid is not None:
         lines.append(f"samples  {result.grid}")
     lines.append(f"report   {result.report}")
     words = ["lorabooth", "sample", "--base", result.recipe.model.base, "--adapter", str(result.adapter)]
     words += ["--prompt", f"a photo of a {subject.token} {subject.noun} in the snow", "--out", "samples"]
-    return "\n".join([*lines, "", "Draw it in a new place:", f"  {shlex.join(words)}"])
+    measure = shlex.join(["lorabooth", "evaluate", str(result.out)])
+    return "\n".join(
+        [*lines, "", "Draw it in a new place:", f"  {shlex.join(words)}", "Measure it:", f"  {measure}"]
+    )

@@ -208,7 +208,8 @@ def _turn(standing: Standing, asked: Asked, told: Estimating, position: Position
         began_s = time.perf_counter()
         try:
             with _interruptible():
-                _learn(standing, asked, told)
+                digest = _learn(job, asked, told)
+                standing.end(asked, {"status": "done", "photos": digest, "worker": position.index})
         except (BaseModelError, InterruptedRunError):
             raise  # no other subject would fare better
         except LoraboothError as error:
@@ -223,8 +224,9 @@ def _turn(standing: Standing, asked: Asked, told: Estimating, position: Position
     return True
 
 
-def _learn(standing: Standing, asked: Asked, reporter: Reporter) -> None:
-    job, settings, subject = standing.job, standing.job.settings, asked.subject
+def _learn(job: Job, asked: Asked, reporter: Reporter) -> str:
+    """Train, draw and measure one subject; returns the digest of its photos."""
+    settings, subject = job.settings, asked.subject
     digest = photos_digest(subject.photos)
     out = job.run_folder(subject)
     api.train(job.recipe_for(subject), out=out, reporter=reporter)
@@ -241,7 +243,7 @@ def _learn(standing: Standing, asked: Asked, reporter: Reporter) -> None:
         reporter=reporter,
     )
     _free_memory()
-    standing.end(asked, {"status": "done", "photos": digest})
+    return digest
 
 
 def _failed(standing: Standing, asked: Asked, error: LoraboothError, reporter: Reporter) -> None:
