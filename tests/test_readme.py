@@ -20,6 +20,7 @@ from tests.tiny import make_photos, make_sd_folder
 README = ROOT / "README.md"
 SHORT = ["--set", "optim.steps=2", "--set", "prior.count=2", "--set", "prior.sampler_steps=2"]
 SHORT += ["--set", "run.sample_count=1", "--set", "run.sample_every=0"]
+FEW_IMAGES = ["--images-per-prompt", "1", "--class-images", "1", "--unrelated-images", "0", "--steps", "1"]
 # In Python there is no --set: the same, on the recipe that was read.
 SHORT_PYTHON = f"recipe = __import__('lorabooth').recipe.with_overrides(recipe, {SHORT[1::2]!r})"
 
@@ -58,6 +59,7 @@ def test_commands_and_python_run_in_order(home: Path) -> None:
         if command[0] != "lorabooth":
             continue
         words = command[1:] + (SHORT if command[1] == "train" else [])
+        words += FEW_IMAGES if command[1] == "evaluate" and command[2] != "compare" else []
         done = run_command(["lorabooth", *words], home)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
         if "--out" in command and command[1] == "train":

@@ -120,6 +120,47 @@ def card_text(figures: Mapping[str, Any], build: Mapping[str, Any]) -> str:
     return header + use + _quality(figures) + _recipe(build, build["parameters"])
 
 
+def subject_section(record: Mapping[str, Any], steps: int, minutes: float) -> str:
+    """The card's section on the subject encoder.
+
+    Args:
+        record: what `benchmarks/subject_encoder.py` measured.
+        steps: optimizer steps that it was trained for.
+        minutes: training time.
+    """
+    found = record["retrieval"]
+    rows = "\n".join(f"| {name} | {_share(found['by style'][name])} |" for name in scenes.STYLES)
+    return f"""
+## Subject encoder
+
+`subject_encoder/` is a ResNet of transformers ({record["parameters"] / 1e6:.2f} M parameters), near for two
+pictures of one specimen and apart for two specimens of a class: what DINO is for photos
+(`lorabooth.pocket.subject.load_subject_encoder`). Trained by contrast (InfoNCE) for {steps} steps,
+{minutes:.0f} minutes on one core, on specimens of its own.
+
+A specimen of a stream that training has not seen is sought by one picture, in any place, pose and accessory,
+among a photo each of {record["among"]} specimens of its class. All styles together:
+{_share(found["all"])}; aimed at {record["aimed_at"]:.0%}.
+
+| style of the picture | found |
+|---|---|
+{rows}
+
+A pencil sketch shares no colour with what it shows; most specimens of a class differ in little else. So the
+scores of sketches say little about whose likeness they are.
+"""
+
+
+def with_section(card: str, section: str) -> str:
+    """The card with a section, in place of the one of the same heading or at its end."""
+    heading = next(line for line in section.splitlines() if line.startswith("## "))
+    before, found, rest = card.partition(f"\n{heading}\n")
+    if not found:
+        return card.rstrip("\n") + "\n" + section
+    _, next_heading, after = rest.partition("\n## ")
+    return before + section.rstrip("\n") + "\n" + (next_heading + after)
+
+
 def write_card(folder: Path, figures: Mapping[str, Any], build: Mapping[str, Any]) -> Path:
     """Write README.md into the pipeline's folder; return its path."""
     file = folder / "README.md"

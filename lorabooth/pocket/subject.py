@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
 from lorabooth.pocket.dataset import SIZE_PX, batch_indices, pixels_of
-from lorabooth.pocket.scenes import CLASSES, STYLES, Specimen, render, sample_scene, sample_specimen
+from lorabooth.pocket.scenes import CLASSES, STYLES, Scene, Specimen, render, sample_scene, sample_specimen
 from lorabooth.pocket.trainer import ALONE, Hyper, Shard
 from lorabooth.pocket.vae import reconstruct
 from lorabooth.rng import generator_for, seed_for
@@ -128,8 +128,8 @@ def specimen_at(seed: int, purpose: str, index: int) -> Specimen:
     return sample_specimen(rng, CLASSES[index % len(CLASSES)])
 
 
-def view(seed: int, purpose: str, index: int, number: int) -> NDArray[np.uint8]:
-    """Picture `number` of specimen `index` in any place, pose and accessory.
+def view_scene(seed: int, purpose: str, index: int, number: int) -> Scene:
+    """Scene of picture `number` of specimen `index`: any place, pose and accessory.
 
     The first is a photo, as all that is known of a subject is; the others are of any style, and when they
     are trained on half of them are no photos: a sketch shares no colour with what it shows.
@@ -140,7 +140,12 @@ def view(seed: int, purpose: str, index: int, number: int) -> NDArray[np.uint8]:
         style = "photo"
     elif purpose != HELD_OUT:
         style = str(rng.choice(STYLES, p=TRAINED_STYLES))
-    return render(sample_scene(rng, specimen_at(seed, purpose, index), style=style), SIZE_PX)
+    return sample_scene(rng, specimen_at(seed, purpose, index), style=style)
+
+
+def view(seed: int, purpose: str, index: int, number: int) -> NDArray[np.uint8]:
+    """Its picture, uint8 [64,64,3]."""
+    return render(view_scene(seed, purpose, index, number), SIZE_PX)
 
 
 def _render(job: tuple[int, str, int, int, int]) -> NDArray[np.uint8]:
@@ -264,27 +269,46 @@ def embed_all(encoder: ResNetModel, images: NDArray[np.uint8], batch: int = 250)
     return torch.cat(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Whether a picture was nearest to the photo of its own specimen.
+
+    Attributes:
+        class_name: of the specimen, and of all that it was sought among.
+        style: of the picture.
+        right: whether it was.
+    """
+
+    class_name: str
+    style: str
+    right: bool
+
+
 def retrieval(
     encoder: ResNetModel, seed: int, *, per_class: int = 100, classes: Sequence[str] = CLASSES
-) -> dict[str, int]:
-    """How many of a class's specimens are found again, by any picture, among a photo of each of them.
+) -> list[Answer]:
+    """Find every specimen by another picture of it among one photo of each of its class.
 
     Args:
         encoder: judged.
         seed: of the specimens: a stream that training never sees.
-        per_class: specimens of each class: a photo, and a picture in any style to be found by.
+        per_class: specimens of each class: a photo, and a picture in any style, place, pose and accessory.
         classes: which ones.
 
     Returns:
-        Class -> right answers, of `per_class`.
+        An answer for each specimen.
     """
-    right = {}
+    answers = []
     for name in classes:
         mine = range(CLASSES.index(name), per_class * len(CLASSES), len(CLASSES))
-        photos, queries = (
+        photos, asked = (
             embed_all(encoder, np.stack([view(seed, HELD_OUT, index, number) for index in mine]))
             for number in (0, 1)
         )
-        best = (queries @ photos.T).argmax(dim=1)
-        right[name] = int((best == torch.arange(per_class)).sum())
-    return right
+        best = (asked @ photos.T).argmax(dim=1).tolist()
+        styles = [view_scene(seed, HELD_OUT, index, 1).style for index in mine]
+        answers += [
+            Answer(name, style, found == at)
+            for at, (style, found) in enumerate(zip(styles, best, strict=True))
+        ]
+    return answers

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorabooth.pocket.card import write_card
+from lorabooth.pocket.card import with_section, write_card
 
 SHARE = {"value": 0.925, "low": 0.89, "high": 0.95, "right": 37, "total": 40}
 SHARES = {"class": SHARE, "place": SHARE, "colour": SHARE}
@@ -34,3 +34,12 @@ def test_card_states_the_measured_figures(tmp_path: Path) -> None:
     assert "| unet | 12 | 1.5 | 0.001 | 48 |" in text
     assert "A note." in text
     assert "{" not in text
+
+
+def test_a_section_is_put_in_once_and_others_stay() -> None:
+    card = "# Base\n\ntext\n\n## Use\n\nso\n"
+    once = with_section(card, "\n## Subject encoder\n\nfirst\n")
+    assert once == card + "\n## Subject encoder\n\nfirst\n"
+    between = once + "\n## Recipe\n\nrest\n"
+    again = with_section(between, "\n## Subject encoder\n\nsecond\n")
+    assert again == card + "\n## Subject encoder\n\nsecond\n\n## Recipe\n\nrest\n"
