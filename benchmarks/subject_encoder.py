@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument(
         "--state", type=Path, help="training state: writes the section of the card beside the weights"
     )
+    parser.add_argument("--notes", default="", help="a sentence for the card on how this one came about")
     options = parser.parse_args()
     encoder = load_subject_encoder(options.folder or pocket_dir())
     answers = retrieval(encoder, 0, per_class=options.per_class)
@@ -70,7 +71,7 @@ def main() -> int:
     if options.state is not None:
         info = read_state(options.state)[1]
         card = (options.folder or pocket_dir()) / "README.md"
-        section = subject_section(record, info["step"], info["elapsed_s"] / 60)
+        section = subject_section(record, info["step"], info["elapsed_s"] / 60, options.notes)
         card.write_text(with_section(card.read_text(encoding="utf-8"), section), encoding="utf-8")
     for name in ("all", "photos and paintings"):
         found: Any = figures[name]

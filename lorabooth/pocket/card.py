@@ -120,13 +120,14 @@ def card_text(figures: Mapping[str, Any], build: Mapping[str, Any]) -> str:
     return header + use + _quality(figures) + _recipe(build, build["parameters"])
 
 
-def subject_section(record: Mapping[str, Any], steps: int, minutes: float) -> str:
+def subject_section(record: Mapping[str, Any], steps: int, minutes: float, notes: str = "") -> str:
     """The card's section on the subject encoder.
 
     Args:
         record: what `benchmarks/subject_encoder.py` measured.
         steps: optimizer steps that it was trained for.
         minutes: training time.
+        notes: a sentence on how this one came about.
     """
     found = record["retrieval"]
     rows = "\n".join(f"| {name} | {_share(found['by style'][name])} |" for name in scenes.STYLES)
@@ -137,6 +138,7 @@ def subject_section(record: Mapping[str, Any], steps: int, minutes: float) -> st
 pictures of one specimen and apart for two specimens of a class: what DINO is for photos
 (`lorabooth.pocket.subject.load_subject_encoder`). Trained by contrast (InfoNCE) for {steps} steps,
 {minutes:.0f} minutes on one core, on specimens of its own.
+{notes}
 
 A specimen of a stream that training has not seen is sought by one picture, in any place, pose and accessory,
 among a photo each of {record["among"]} specimens of its class. All styles together:
