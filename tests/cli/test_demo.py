@@ -39,7 +39,7 @@ def test_its_run_is_measured_chosen_and_reported(shown: tuple[Path, Result]) -> 
     report = (run / "report.html").read_text(encoding="utf-8")
     assert "PRES" in report
     assert "evaluation.html" in report
-    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["selection"]["step"] in (1, 2)
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["selection"]["chosen"] in (1, 2)
     assert (run / "story.png").is_file()
 
 

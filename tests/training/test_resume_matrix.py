@@ -93,7 +93,7 @@ ROWS = (
     Row("paged_adamw8bit", "images", 2, True, "fp32", "random", (*RANK_64, "adapter.targets=attn+ff")),
     Row("adamw8bit", "distill", 2, True, "bf16", "random buckets", (*RANK_64, *PAIRS), "tiny_sd2"),
 )
-SLOW = ROWS[6:]
+SLOW = ROWS[3:]
 
 
 class Interrupting(Silent):
