@@ -31,6 +31,7 @@ def test_specimens_take_turns_and_are_the_same_every_time(drawn: subject.Views) 
     assert subject.specimen_at(0, "subject", 5) != subject.specimen_at(0, subject.HELD_OUT, 5)
 
 
+@pytest.mark.slow
 def test_worker_processes_draw_the_same(drawn: subject.Views, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "_CHUNK", 12)
     assert np.array_equal(subject.draw_views(0, "subject", 24, 2, processes=2).images, drawn.images)

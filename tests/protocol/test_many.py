@@ -191,6 +191,7 @@ def test_a_subject_that_stopped_half_way_goes_on_and_ends_the_same(
     assert numbers(copied) == numbers(done.job.out)
 
 
+@pytest.mark.slow
 def test_a_subject_that_fails_keeps_no_other_from_its_turn(
     done: ProtocolResult, world: World, copied: Path, tmp_path: Path
 ) -> None:

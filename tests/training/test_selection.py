@@ -141,6 +141,7 @@ def test_choosing_leaves_no_trace_on_the_training(
     assert not (tmp_path / "off" / "selection.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_twice_it_chooses_the_same(
     tiny_sd: Path, photos: Path, tmp_path: Path, measured: Sequence[str]
 ) -> None:
