@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--specimens", type=int, help="at most so many specimens a configuration")
     parser.add_argument("--score", action="store_true", help="train nothing, measure what is there")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of json, md and png")
+    parser.add_argument("--notes", default="", help="a sentence that goes into the JSON file")
     args = parser.parse_args()
     chosen = [each for each in (*MODES, *SWEEPS) if not args.only or each.name in args.only]
     if args.specimens:
@@ -50,7 +51,7 @@ def main() -> None:
         _run(chosen, args.work.absolute(), args.jobs)
     from benchmarks.prior_table import write_results
 
-    write_results(chosen, args.work.absolute(), args.out)
+    write_results(chosen, args.work.absolute(), args.out, args.notes)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Judged:
     took: Mapping[str, Any]
 
 
-def write_results(configurations: Sequence[Configuration], work: Path, out: Path) -> None:
+def write_results(configurations: Sequence[Configuration], work: Path, out: Path, notes: str = "") -> None:
     """Measure every finished cell; write prior_preservation.json, .md and .png into `out`."""
     judged, names = _judge(configurations, work)
     if not judged:
@@ -58,6 +58,7 @@ def write_results(configurations: Sequence[Configuration], work: Path, out: Path
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "machine": machine_facts(),
+        "notes": notes,
         "backbones": names,
         "rows": rows,
         "against_generated": _against(judged),
