@@ -52,7 +52,7 @@ def demo(
             from lorabooth.run_report import write_story
             from lorabooth.training.folder import RunFolder
 
-            story = write_story(RunFolder(result.out), result.recipe, result.steps)
+            story = write_story(RunFolder(result.out), result.recipe, result.chosen)
             print(f"\nThe photos and what was learned from them, in one picture: {story}")
 
 

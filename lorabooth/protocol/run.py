@@ -19,6 +19,7 @@ from lorabooth.protocol.prompts import EvaluationPrompts, default_prompts, read_
 from lorabooth.protocol.results import Evaluation
 from lorabooth.protocol.studio import Studio
 from lorabooth.run_report import write_run_report
+from lorabooth.training.folder import read_json
 
 
 def evaluate(
@@ -115,7 +116,9 @@ def evaluate(
     evaluation.write()
     write_page(evaluation, [[record.path for record in one] for one in opened.photos])
     if out is None:
-        write_run_report(opened.folder, opened.recipe, opened.metadata.steps)
+        # The adapter may be an earlier checkpoint's (run.select); the report is of the whole run.
+        done = read_json(opened.folder.facts).get("steps_done", opened.metadata.steps)
+        write_run_report(opened.folder, opened.recipe, int(done))
     return evaluation
 
 
