@@ -88,6 +88,7 @@ def test_another_recipe_s_run_is_not_touched(home: Path, quick: list[str], train
     assert (home / "run" / "adapter.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_moved_run_goes_on_with_its_photos_and_base_named_beside_its_recipe(
     home: Path, tiny_sd: Path, photos: Path, trained
 ) -> None:
@@ -130,6 +131,7 @@ def test_images_beside_a_recipe_of_several_subjects_is_not_guessed(home: Path, p
     assert "several subjects" in found.stderr
 
 
+@pytest.mark.slow
 def test_sampling_a_strength_sweep(home: Path, tiny_sd: Path, trained) -> None:
     found = lorabooth(
         *("sample", "--base", tiny_sd, "--adapter", "run/adapter.safetensors:0.8", "--prompt", "a dog"),

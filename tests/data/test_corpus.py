@@ -90,6 +90,7 @@ def test_one_report_of_the_real_cli_names_them_all(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == sorted(case.name for case in cases)  # noqa: PTH208
 
 
+@pytest.mark.slow
 def test_what_is_left_trains_and_is_counted(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     cases = corpus.make(folder, "used", "left out")

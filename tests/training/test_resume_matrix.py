@@ -93,7 +93,8 @@ ROWS = (
     Row("paged_adamw8bit", "images", 2, True, "fp32", "random", (*RANK_64, "adapter.targets=attn+ff")),
     Row("adamw8bit", "distill", 2, True, "bf16", "random buckets", (*RANK_64, *PAIRS), "tiny_sd2"),
 )
-SLOW = ROWS[3:]
+# bf16 is emulated, and slow, on most CPUs.
+SLOW = (ROWS[3], *ROWS[5:])
 
 
 class Interrupting(Silent):
@@ -205,5 +206,5 @@ def test_the_rows_have_every_value_of_every_choice() -> None:
         assert {getattr(row, name) for row in ROWS} == wanted
     quick = [row for row in ROWS if row not in SLOW]
     assert {row.prior for row in quick} == values["prior"]
-    assert {row.precision for row in quick} == values["precision"]
+    assert {row.precision for row in quick} == {"fp32", "fp16"}
     assert any("adapter.dropout" in each for row in quick for each in row.more)
