@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from lorabooth.cli import evaluate_many
+from lorabooth.cli.backbone_options import Clip, Dino, Lpips
 from lorabooth.cli.console import reporter_for
 from lorabooth.cli.errors import command, usage
 
@@ -56,13 +57,9 @@ def evaluate(
     unrelated_images: Annotated[
         int, typer.Option(min=0, max=1000, help="Images per prompt of other things, for drift.")
     ] = 2,
-    dino: Annotated[
-        str | None, typer.Option(help="What measures DINO and PRES: a hub id, a folder, pocket or auto.")
-    ] = None,
-    clip: Annotated[str | None, typer.Option(help="What measures CLIP-I and CLIP-T, likewise.")] = None,
-    lpips: Annotated[
-        str | None, typer.Option(help="What measures DIV and drift: LPIPS weights, or auto.")
-    ] = None,
+    dino: Dino = None,
+    clip: Clip = None,
+    lpips: Lpips = None,
     strength: Annotated[float, typer.Option(help="Factor on the adapter.")] = 1.0,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampler steps, instead of the run's.")

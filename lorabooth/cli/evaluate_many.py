@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorabooth.cli.backbone_options import Clip, Dino, Lpips
 from lorabooth.cli.console import reporter_for
 from lorabooth.cli.errors import command, usage
 
@@ -65,13 +66,9 @@ def protocol(
         Path | None,
         typer.Option(help="A text file of prompts for every subject, one a line, with {token} and {noun}."),
     ] = None,
-    dino: Annotated[
-        str | None, typer.Option(help="What measures DINO and PRES: a hub id, a folder, pocket or auto.")
-    ] = None,
-    clip: Annotated[str | None, typer.Option(help="What measures CLIP-I and CLIP-T, likewise.")] = None,
-    lpips: Annotated[
-        str | None, typer.Option(help="What measures DIV and drift: LPIPS weights, or auto.")
-    ] = None,
+    dino: Dino = None,
+    clip: Clip = None,
+    lpips: Lpips = None,
     overrides: Overrides = None,
     processes: Processes = 1,
     device: Device = "auto",

@@ -57,10 +57,7 @@ def model_folder(repo: str, kind: Kind, reporter: Reporter) -> tuple[Path, str]:
         wanted = needed_files([file.rfilename for file in info.siblings or ()], kind)
         return hub.download_files(repo, info, wanted, reporter), str(info.sha)
     except GatedRepoError as error:
-        raise BaseModelError(
-            f"{repo}: this model is gated: its licence has to be accepted first.",
-            f"Open https://huggingface.co/{repo}, accept it, then log in once with `hf auth login`.",
-        ) from error
+        raise hub.gated(repo) from error
     except RepositoryNotFoundError as error:
         raise BaseModelError(f"{repo}: neither a folder here nor a model on the hub.") from error
     except hub.network_errors() as error:

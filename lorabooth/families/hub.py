@@ -70,10 +70,7 @@ def get(
         )
         return _download(repo, info, reporter, configs_only), str(info.sha)
     except GatedRepoError as error:
-        raise BaseModelError(
-            f"{repo}: this model is gated: its licence has to be accepted first.",
-            f"Open https://huggingface.co/{repo}, accept it, then log in once with `hf auth login`.",
-        ) from error
+        raise gated(repo) from error
     except RepositoryNotFoundError as error:
         raise BaseModelError(
             f"{repo}: neither a folder here nor a model on the hub.",
@@ -197,3 +194,11 @@ def _not_cached(repo: str, revision: str, why: str) -> BaseModelError:
 def _did_you_mean(repo: str) -> str:
     close = similar_names(Path(repo))
     return f"Did you mean the folder {close[0]}? " if close else ""
+
+
+def gated(repo: str) -> BaseModelError:
+    """What to do about a model whose licence has not been accepted."""
+    return BaseModelError(
+        f"{repo}: this model is gated: its licence has to be accepted first.",
+        f"Open https://huggingface.co/{repo}, accept it, then log in once with `hf auth login`.",
+    )
