@@ -192,12 +192,6 @@ def by_group(metric: Measured) -> Mapping[str, float]:
     return MappingProxyType({name: float(np.mean(values)) for name, values in found.items()})
 
 
-def mean_over_groups(metric: Measured) -> float:
-    """The mean of the groups' means, each group counting once; without groups, the mean."""
-    means = by_group(metric)
-    return float(np.mean(list(means.values()))) if means else metric.mean
-
-
 def _resampled_means(x_N: Floats, groups: Sequence[str], draws: int, seed: int) -> Floats | None:
     """The means of `draws` resamples, or None if there is but one thing to draw."""
     sums: Floats = x_N

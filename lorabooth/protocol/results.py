@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,8 +290,3 @@ def _by_prompt(scores: Scores) -> dict[str, Mapping[str, float]]:
 
 def _unreadable(path: Path, why: str) -> RecipeError:
     return RecipeError(f"{path} is no evaluation that can be read: {why}.", "Run `lorabooth evaluate` again.")
-
-
-def measured_nothing(rows: Sequence[Scores]) -> bool:
-    """Whether not a single metric is there."""
-    return all(metric is None for scores in rows for _, metric in scores.items())

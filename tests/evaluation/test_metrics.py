@@ -16,7 +16,6 @@ from lorabooth.evaluation.metrics import (
     Measured,
     by_group,
     difference,
-    mean_over_groups,
     measured,
     prompt_similarity,
     similarity_among,
@@ -114,7 +113,6 @@ def test_groups_of_unequal_size_weigh_by_their_values() -> None:
     # Two groups: a resample is one of (a,a), (a,b), (b,b), whose means are 0, 3/4 and 1.
     found = measured([0.0, 1.0, 1.0, 1.0], ["a", "b", "b", "b"])
     assert (found.mean, found.low, found.high) == (0.75, 0.0, 1.0)
-    assert mean_over_groups(found) == 0.5
     assert dict(by_group(found)) == {"a": 0.0, "b": 1.0}
 
 
