@@ -76,7 +76,7 @@ SWEEPS = (
     *(Configuration(f"noun {n}", {"prior.mode": "none"}, noun=n, specimens=_FEW) for n in ("none", "wrong")),
     *(Configuration(f"rank {n}", {"adapter.rank": n}, specimens=_FEW) for n in (1, 4, 64)),
     *(Configuration(f"weight {n:g}", {"prior.weight": n}, specimens=_FEW) for n in (0.5, 2.0)),
-    Configuration("text encoder", {"adapter.text_encoder": True}, specimens=_FEW),
+    Configuration("text encoder", {"adapter.text_encoder": "true"}, specimens=_FEW),
     Configuration(
         "steps",
         {"optim.steps": 600, "run.checkpoint_every": 50, "run.keep": 0},

@@ -55,3 +55,14 @@ class Silent:
         import logging
 
         logging.getLogger("lorabooth").warning(message)
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: "40 s", "9 min", "2 h 10 min"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if rest else f"{hours} h"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from lorabooth.progress import Reporter, Task
+from lorabooth.progress import Reporter, Task, duration
 from lorabooth.protocol.jobs import Asked, Job
 from lorabooth.protocol.measuring import Album, Counts
-from lorabooth.training.eta import MEASURED_STEPS, SETTLING_STEPS, duration
+from lorabooth.training.eta import MEASURED_STEPS, SETTLING_STEPS
 
 
 @dataclass(frozen=True, slots=True)

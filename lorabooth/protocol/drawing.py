@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 from lorabooth import durable
 from lorabooth.evaluation.image_files import has_facts, save_image
 from lorabooth.evaluation.scoring import Drawn
-from lorabooth.progress import Reporter, Silent, Task
+from lorabooth.progress import Reporter, Silent, Task, duration
 from lorabooth.prompts import slug
 
 if TYPE_CHECKING:
@@ -217,11 +217,9 @@ class Pace:
         self._task.advance()
         if self._done == self._first and self._done < self._count:
             each_s = (time.perf_counter() - self._began_s) / self._done
-            rest_s = round(each_s * (self._count - self._done))
-            self._reporter.say(
-                f"{each_s:.2f} s an image: about {rest_s // 60}:{rest_s % 60:02} min for the other "
-                f"{self._count - self._done}"
-            )
+            others = self._count - self._done
+            rest = duration(each_s * others)
+            self._reporter.say(f"{each_s:.2f} s an image: about {rest} for the other {others}")
 
     @property
     def done(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,14 @@ class Album:
     def shots(self) -> tuple[Shot, ...]:
         """All of them, each once, in the order of drawing."""
         return tuple(dict.fromkeys((*self.subject, *self.classes, *self.unrelated)))
+
+    def measured_by(self, backbones: Backbones) -> Album:
+        """Without the shots whose metric cannot be measured: nothing is drawn in vain."""
+        return replace(
+            self,
+            classes=self.classes if backbones.subject is not None else (),
+            unrelated=self.unrelated if backbones.distance is not None else (),
+        )
 
     @classmethod
     def of(cls, token: str, noun: str, prompts: EvaluationPrompts, counts: Counts) -> Album:

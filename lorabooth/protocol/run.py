@@ -89,6 +89,7 @@ def evaluate(
     studio = Studio.of(opened, where, dtype, strength=strength, steps=steps, reporter=reporter)
     if backbones is None:
         backbones = _backbones(opened, (dino, clip, lpips), where, reporter)
+    albums = tuple(album.measured_by(backbones) for album in albums)
     images_of = home / "evaluation"
     off = studio.side(base_images or images_of / "base", on=False)
     on = studio.side(images_of / "adapter", on=True)

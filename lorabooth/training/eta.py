@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorabooth.progress import Reporter
+from lorabooth.progress import Reporter, duration
 
 SETTLING_STEPS = 3
 """The first steps of a process are slow (kernels are chosen, caches fill) and are not counted."""
@@ -81,14 +81,3 @@ class Eta:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def duration(seconds: float) -> str:
-    """As a person says it: "40 s", "9 min", "2 h 10 min"."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, rest = divmod(minutes, 60)
-    return f"{hours} h {rest} min" if rest else f"{hours} h"

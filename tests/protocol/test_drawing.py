@@ -137,5 +137,5 @@ def test_the_cost_is_told_after_the_first_batch(monkeypatch: pytest.MonkeyPatch)
     pace = Pace(62, 2, Listener(), Listener())  # type: ignore[arg-type]
     for _ in range(3):
         pace()
-    assert said == ["one", "one", "2.00 s an image: about 2:00 min for the other 60", "one"]
+    assert said == ["one", "one", "2.00 s an image: about 2 min for the other 60", "one"]
     assert pace.done == 3

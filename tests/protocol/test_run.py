@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lorabooth.errors import AdapterError, BaseModelError, DataError, RecipeError
+from lorabooth.evaluation.backbones import open_backbones
 from lorabooth.protocol.results import Evaluation, read_evaluation
 from lorabooth.protocol.run import evaluate
 from tests.protocol.conftest import FEW, TWO
@@ -88,6 +89,20 @@ def test_started_again_it_draws_nothing_and_finds_the_same(
     again = evaluate(run, **FEW, dino=str(encoder))
     assert {path: path.stat().st_mtime_ns for path in (run / "evaluation").rglob("*.png")} == images
     assert again.subjects == evaluated.subjects
+
+
+def test_what_no_backbone_can_measure_is_not_drawn(trained_run: Path, tmp_path: Path) -> None:
+    """With CLIP alone there is neither PRES nor drift, so images of the class or of other things are idle."""
+    clip = replace(open_backbones(base="pocket"), subject=None, distance=None)
+    found = evaluate(trained_run, **FEW, backbones=clip, out=tmp_path / "out")
+    (subject,) = found.subjects
+    assert subject.adapter.clip_t is not None
+    missing = (subject.adapter.pres, subject.adapter.drift, subject.adapter.dino)
+    assert missing == (None, None, None)
+    assert {picture.kind for picture in subject.pictures} == {"subject"}
+    drawn = list((tmp_path / "out" / "evaluation" / "adapter").rglob("*.png"))
+    assert len(drawn) == len(TWO.subject) * FEW["images_per_prompt"]
+    assert "DINO" in (tmp_path / "out" / "evaluation.html").read_text(encoding="utf-8")
 
 
 def test_what_is_written_reads_back_and_tells_nothing_of_the_machine(evaluated: Evaluation) -> None:

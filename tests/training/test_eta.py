@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lorabooth.training.eta import MEASURED_STEPS, SETTLING_STEPS, Eta, duration
+from lorabooth.progress import duration
+from lorabooth.training.eta import MEASURED_STEPS, SETTLING_STEPS, Eta
 from tests.training.sessions import Listener
 
 
