@@ -102,58 +102,19 @@ def _sampler_of(setting: Setting) -> SamplerFacts:
 
 
 def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporter) -> ClassExamples:
-    recipe, sampler = setting.recipe, _sampler_of(setting)
-    pipeline = setting.family.pipeline(setting.parts)
-    fits: list[int] = []
-
-    def smaller(count: int) -> None:
-        fits.append(count)
-        reporter.warn(f"memory ran out while drawing class images; {count} at once from now on")
-
-    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Sequence[Drawn]:
-        # Nothing was moved if all images are there already: the base goes to the device with the first batch.
-        pipeline.to(setting.device)
-
-        def draw(steps: int) -> Sequence[Drawn]:
-            latents: dict[int, Tensor] = {}
-            images = studio.generate(
-                pipeline,
-                prompts,
-                seeds,
-                steps=steps,
-                guidance=sampler.guidance,
-                height_px=sampler.height_px,
-                width_px=sampler.width_px,
-                # What did not fit once does not fit the next time either.
-                batch_size=min([len(prompts), *fits]),
-                on_latent=latents.__setitem__,
-                on_smaller=smaller,
-            )
-            return [Drawn(image, latents.get(index)) for index, image in enumerate(images)]
-
-        return compiling.timed(len(prompts), draw, sampler.steps)
-
-    def keep_latent(sha256: str, latent: Tensor) -> None:
-        # Exactly this latent: a posterior without width.
-        moments = Moments(latent, torch.zeros_like(latent))
-        size_px = (sampler.height_px, sampler.width_px)
-        whole = Geometry(size_px, (0, 0), size_px)
-        store.put_moments(sampled_key(sha256), CachedLatent(moments, whole))
-
-    prompts = list(dict.fromkeys(subject.class_prompt for subject in setting.subjects))
-    compiling = _Compiling(setting, sampler, recipe.prior.count * len(prompts), reporter)
+    recipe, artist = setting.recipe, _Artist(setting, studio, store, reporter)
     found: dict[str, Sequence[Path]] = {}
     drawn = reused = rejected = 0
-    for prompt in prompts:
+    for prompt in artist.prompts:
         made = ensure_class_images(
             folder_root=store.root / "class-images",
             base_key=f"{setting.parts.source.base_id}/{setting.parts.source.sha256}",
             prompt=prompt,
             count=recipe.prior.count,
-            generate=generate,
-            sampler=sampler,
+            generate=artist.generate,
+            sampler=artist.sampler,
             reporter=reporter,
-            keep_latent=keep_latent,
+            keep_latent=artist.keep_latent,
         )
         found[prompt] = made.paths
         drawn, reused, rejected = drawn + made.generated, reused + made.reused, rejected + made.rejected
@@ -164,12 +125,78 @@ def _generated(setting: Setting, studio: Studio, store: Store, reporter: Reporte
         "drawn": drawn,
         "reused": reused,
         "rejected": rejected,
+        **artist.finish(),
     }
-    if compiling.pace is not None:
-        facts["speed"] = compiling.pace.facts
-    # The adapter comes next, and the step has other shapes.
-    compiling.blocks.off()
     return ClassExamples(subjects.class_records(found, setting.subjects), MappingProxyType(facts))
+
+
+class _Artist:
+    """Draws class images with the frozen base, in groups.
+
+    Args:
+        setting: the run's, its base whole.
+        studio: what draws.
+        store: keeps the latents.
+        reporter: hears of memory that ran out, and of compilation.
+
+    Attributes:
+        prompts: of the run's classes, each once.
+        sampler: how all of them are drawn.
+    """
+
+    def __init__(self, setting: Setting, studio: Studio, store: Store, reporter: Reporter) -> None:
+        self.prompts = tuple(dict.fromkeys(subject.class_prompt for subject in setting.subjects))
+        self.sampler = _sampler_of(setting)
+        self._setting, self._studio, self._store, self._reporter = setting, studio, store, reporter
+        self._pipeline = setting.family.pipeline(setting.parts)
+        self._most: int | None = None
+        count = setting.recipe.prior.count * len(self.prompts)
+        self._compiling = _Compiling(setting, self.sampler, count, reporter)
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Sequence[Drawn]:
+        """One group, with its latents."""
+        # Nothing was moved if all images are there already: the base goes to the device with the first group.
+        self._pipeline.to(self._setting.device)
+
+        def draw(steps: int) -> Sequence[Drawn]:
+            return self._draw(prompts, seeds, steps)
+
+        return self._compiling.timed(len(prompts), draw, self.sampler.steps)
+
+    def keep_latent(self, sha256: str, latent: Tensor) -> None:
+        """Keep exactly this latent, a posterior without width, for the image of that digest."""
+        moments = Moments(latent, torch.zeros_like(latent))
+        size_px = (self.sampler.height_px, self.sampler.width_px)
+        whole = Geometry(size_px, (0, 0), size_px)
+        self._store.put_moments(sampled_key(sha256), CachedLatent(moments, whole))
+
+    def finish(self) -> dict[str, object]:
+        """The blocks run as they were written again; what there is to tell of their speed."""
+        # The adapter comes next, and the step has other shapes.
+        self._compiling.blocks.off()
+        pace = self._compiling.pace
+        return {} if pace is None else {"speed": pace.facts}
+
+    def _draw(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Sequence[Drawn]:
+        latents: dict[int, Tensor] = {}
+        images = self._studio.generate(
+            self._pipeline,
+            prompts,
+            seeds,
+            steps=steps,
+            guidance=self.sampler.guidance,
+            height_px=self.sampler.height_px,
+            width_px=self.sampler.width_px,
+            batch_size=min(len(prompts), self._most or len(prompts)),
+            on_latent=latents.__setitem__,
+            on_smaller=self._smaller,
+        )
+        return [Drawn(image, latents.get(index)) for index, image in enumerate(images)]
+
+    def _smaller(self, count: int) -> None:
+        # What did not fit once does not fit the next time either.
+        self._most = count
+        self._reporter.warn(f"memory ran out while drawing class images; {count} at once from now on")
 
 
 class _Compiling:
