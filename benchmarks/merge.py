@@ -120,9 +120,11 @@ def _table(cases: Cases, found: dict[str, Any]) -> str:
     lines = [f"{'command':<34} {'wall':>10} {'processor':>10} {'peak memory':>11}"]
     lines += [row(name, case["rounds"]) for name, case in cases.items()]
     for name, ratio in found.items():
-        memory = f", {ratio['their_memory']:.1f} times the memory there" if "their_memory" in ratio else ""
+        more = f", {ratio['their_memory']:.1f} times the memory there" if "their_memory" in ratio else ""
+        if "speed_before_disk" in ratio:
+            more = f"; before the disk is waited for: {ratio['speed_before_disk']:.2f}{more}"
         lines.append(
-            f"speed of {name}: {ratio['speed']:.2f}; of that and sync: {ratio['speed_and_sync']:.2f}{memory}"
+            f"speed of {name}: {ratio['speed']:.2f}; of that and sync: {ratio['speed_and_sync']:.2f}{more}"
         )
     return "\n".join(lines)
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from lorabooth.adapters.extract import ExtractReport
     from lorabooth.adapters.inspect import inspect_path
     from lorabooth.adapters.inspection import Inspection
-    from lorabooth.adapters.merge import MergeReport, Merging
+    from lorabooth.adapters.merge_match import Merging
+    from lorabooth.adapters.merge_report import MergeReport
     from lorabooth.adapters.resize_file import ResizeReport, resize_file
     from lorabooth.api import RunResult, plan, train
     from lorabooth.errors import LoraboothError
@@ -77,8 +78,8 @@ _HOME = {
     "Inspection": "adapters.inspection",
     "LoraboothError": "errors",
     "MemoryPlan": "planning.memory_plan",
-    "MergeReport": "adapters.merge",
-    "Merging": "adapters.merge",
+    "MergeReport": "adapters.merge_report",
+    "Merging": "adapters.merge_match",
     "Plan": "training.plan",
     "Recipe": "recipe",
     "Reporter": "progress",

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabooth.adapters.check import CheckReport, check_adapter
-from lorabooth.adapters.merge import MergeReport, Merging
 from lorabooth.adapters.merge import merge as merge_files
+from lorabooth.adapters.merge_match import Merging
+from lorabooth.adapters.merge_report import MergeReport
 from lorabooth.families import source
 from lorabooth.progress import Reporter
 

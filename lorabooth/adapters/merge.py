@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorabooth import durable
-from lorabooth.adapters import names
+from lorabooth.adapters import merge_match, names
 from lorabooth.adapters.bits import scan
 from lorabooth.adapters.cores import one_thread_each
 from lorabooth.adapters.delta import Change, Contribution, chunk_function
+from lorabooth.adapters.merge_match import FAMILY_HINT, Merging, Wanted
+from lorabooth.adapters.merge_report import MergedModule, MergeReport
 from lorabooth.adapters.stored import StoredAdapter, open_adapter
 from lorabooth.checkpoints import copying, inventory
 from lorabooth.checkpoints.header import Entry
@@ -27,86 +29,6 @@ from lorabooth.errors import AdapterError, BaseModelError
 from lorabooth.progress import Reporter, Silent
 
 _CHUNK_ELEMENTS = 1 << 18  # of float32: 1 MiB, so that what is computed stays in a core's cache
-
-
-@dataclass(frozen=True)
-class Merging:
-    """One adapter to merge.
-
-    Attributes:
-        path: of the adapter.
-        strength: factor on its effect; negative ones take it out.
-        block_strengths: further factors for parts of it: a canonical module name, or the beginning of one
-            ("text_encoder", "denoiser.down_blocks.1"; "denoiser." may be left out). The longest match counts.
-    """
-
-    path: Path
-    strength: float = 1.0
-    block_strengths: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class MergedModule:
-    """How one weight was changed.
-
-    Attributes:
-        module: canonical name.
-        relative_change: Frobenius norm of the change over that of the weight.
-        rounding: norm of what the cast to the base's dtype lost, over that of the change.
-    """
-
-    module: str
-    relative_change: float
-    rounding: float
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    Attributes:
-        out: the merged base.
-        family: of the base, "" where it is not known.
-        n_modules: how many weights were changed.
-        n_bytes: size of the result.
-        seconds: that it took.
-        dtypes: of the changed weights, by safetensors' names.
-        modules: each of them.
-        leftovers: modules of the adapters that the base does not have (only with `allow_partial`).
-        left_out: files of a base folder that were not copied, because they hold the unmerged model.
-        notes: what had to be assumed, for the user.
-    """
-
-    out: Path
-    family: str
-    n_modules: int
-    n_bytes: int
-    seconds: float
-    dtypes: tuple[str, ...]
-    modules: tuple[MergedModule, ...]
-    leftovers: tuple[str, ...]
-    left_out: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def largest_change(self) -> MergedModule:
-        """The module whose weight changed most."""
-        return max(self.modules, key=lambda module: module.relative_change)
-
-    @property
-    def mean_change(self) -> float:
-        """Mean over the modules of the relative change."""
-        return sum(module.relative_change for module in self.modules) / len(self.modules)
-
-    @property
-    def mean_rounding(self) -> float:
-        """Mean over the modules of the share that the cast lost."""
-        return sum(module.rounding for module in self.modules) / len(self.modules)
-
-    @property
-    def worst_rounding(self) -> MergedModule:
-        """The module that lost most of its change to the base's dtype."""
-        return max(self.modules, key=lambda module: module.rounding)
 
 
 def merge(
@@ -147,117 +69,32 @@ def merge(
     inventory.require_unquantized(opened)
     stored = [open_adapter(merging.path) for merging in adapters]
     copying.require_output(opened, out, overwrite, [merging.path for merging in adapters])
-    _require_family(opened, stored)
-    _require_blocks(adapters, stored)
-    sign = -1.0 if reverse else 1.0
-    wanted, leftovers = _match(opened, stored, [_factors(merging, sign) for merging in adapters])
+    merge_match.require_family(opened, stored)
+    merge_match.require_blocks(adapters, stored)
+    factors = [merge_match.factor_of(merging, -1.0 if reverse else 1.0) for merging in adapters]
+    wanted, leftovers = merge_match.match(opened, stored, factors)
     if leftovers and not allow_partial:
-        raise _does_not_fit(opened, stored, leftovers)
+        raise merge_match.does_not_fit(opened, stored, leftovers)
     if not wanted:
-        raise AdapterError(f"Nothing of the adapter fits {opened.path}.", _FAMILY_HINT)
+        raise AdapterError(f"Nothing of the adapter fits {opened.path}.", FAMILY_HINT)
     copied = copying.plan_copy(opened, {names.split_module(module)[0] for module in wanted})
     durable.require_space(out.parent, copied.n_bytes)
     with durable.user_errors(out), one_thread_each() as ready:
         _require_finite(stored, say)
         out.parent.mkdir(parents=True, exist_ok=True)
-        measured = _write(opened, wanted, copied, out, say, ready)
+        measured, waited_s = _write(opened, wanted, copied, out, say, ready)
     return MergeReport(
         out=out,
         family=opened.family,
         n_modules=len(measured),
         n_bytes=copied.n_bytes,
         seconds=time.monotonic() - began_s,
+        waited_s=waited_s,
         dtypes=tuple(sorted({slot.dtype for module in wanted for slot in opened.slots[f"{module}.weight"]})),
         modules=measured,
         leftovers=leftovers,
         left_out=copied.left_out,
         notes=tuple(f"{one.path.name}: {note}" for one in stored for note in one.notes),
-    )
-
-
-_FAMILY_HINT = "It was made for another family of base models."
-
-Wanted = dict[str, list[Contribution]]
-"""Canonical module -> what is added to its weight."""
-
-
-def _factors(merging: Merging, sign: float) -> Callable[[str], float]:
-    """A canonical module -> the whole factor on its adapter's effect."""
-    blocks = {_whole_name(key): value for key, value in merging.block_strengths.items()}
-
-    def factor(module: str) -> float:
-        matching = [key for key in blocks if _is_within(module, key)]
-        block = blocks[max(matching, key=len)] if matching else 1.0
-        return sign * merging.strength * block
-
-    return factor
-
-
-def _whole_name(block: str) -> str:
-    """With the component, which may be left out for the denoiser."""
-    return block if block.split(".")[0] in names.COMPONENTS else f"denoiser.{block}"
-
-
-def _is_within(module: str, block: str) -> bool:
-    return module == block or module.startswith(f"{block}.")
-
-
-def _require_blocks(adapters: Sequence[Merging], stored: Sequence[StoredAdapter]) -> None:
-    """A part that does not exist is a slip of the pen, and would silently have no effect."""
-    for merging, adapter in zip(adapters, stored, strict=True):
-        if not all(map(math.isfinite, (merging.strength, *merging.block_strengths.values()))):
-            raise AdapterError(f"{adapter.path.name}: strengths must be finite numbers.")
-        for block in merging.block_strengths:
-            if not any(_is_within(module, _whole_name(block)) for module in adapter.modules):
-                parts = dict.fromkeys(".".join(module.split(".")[:3]) for module in adapter.modules)
-                raise AdapterError(
-                    f"{adapter.path.name} has no part {block!r}.", f"Its parts are {', '.join(parts)}."
-                )
-
-
-def _match(
-    base: Base, stored: Sequence[StoredAdapter], factors: Sequence[Callable[[str], float]]
-) -> tuple[Wanted, tuple[str, ...]]:
-    """What is added to each module's weight, and the modules that the base lacks or shapes otherwise."""
-    wanted: Wanted = {}
-    leftovers: dict[str, None] = {}
-    for adapter, factor in zip(stored, factors, strict=True):
-        for module, found in adapter.modules.items():
-            shape = base.weight_shape(module)
-            if shape is None or not _fits(shape, found.down.shape, found.up.shape):
-                leftovers[module] = None
-                continue
-            scale = factor(module) * found.alpha / found.rank
-            if scale:
-                wanted.setdefault(module, []).append(Contribution(found.down, found.up, scale))
-    return wanted, tuple(leftovers)
-
-
-def _fits(weight: tuple[int, ...], down: tuple[int, ...], up: tuple[int, ...]) -> bool:
-    """Whether factors fit a weight; a 1x1 convolution and a linear layer are the same matrix."""
-    inner = (down[1], *(() if down[2:] == (1, 1) else down[2:]))
-    return (up[0], *inner) == (weight[0], weight[1], *(() if weight[2:] == (1, 1) else weight[2:]))
-
-
-def _require_family(base: Base, stored: Sequence[StoredAdapter]) -> None:
-    for adapter in stored:
-        if adapter.family and base.family and adapter.family != base.family:
-            fitting = sum(base.weight_shape(module) is not None for module in adapter.modules)
-            if fitting < len(adapter.modules):
-                raise AdapterError(
-                    f"{adapter.path.name} is an adapter for {adapter.family}, but {base.path.name} is "
-                    f"{base.family}.",
-                    "Merge it into a base of its own family.",
-                )
-
-
-def _does_not_fit(base: Base, stored: Sequence[StoredAdapter], leftovers: Sequence[str]) -> AdapterError:
-    total = len({module for adapter in stored for module in adapter.modules})
-    listed = ", ".join(leftovers[:5]) + (f" and {len(leftovers) - 5} more" if len(leftovers) > 5 else "")
-    return AdapterError(
-        f"{len(leftovers)} of the adapter's {total} modules are absent from {base.path.name} or have another "
-        f"shape there: {listed}.",
-        "--allow-partial merges the others." if len(leftovers) < total else _FAMILY_HINT,
     )
 
 
@@ -283,8 +120,8 @@ def _write(
     out: Path,
     reporter: Reporter,
     ready: Callable[[], None],
-) -> tuple[MergedModule, ...]:
-    """Write every file of the base, merged where something is wanted."""
+) -> tuple[tuple[MergedModule, ...], float]:
+    """Write every file of the base, merged where something is wanted. Last: seconds waited for the disk."""
     change: dict[str, Change] = {}
     spans: dict[int, list[Span]] = {}
     for module, contributions in wanted.items():
@@ -304,7 +141,10 @@ def _write(
                 rewrite(source, target, by_path.get(source, ()), on_bytes=counter.add)
         for module, found in change.items():
             _require_sound(base, module, found)
-    return tuple(MergedModule(module, found.relative(), found.rounding()) for module, found in change.items())
+        written_s = time.monotonic()
+    waited_s = time.monotonic() - written_s
+    merged = [MergedModule(module, found.relative(), found.rounding()) for module, found in change.items()]
+    return tuple(merged), waited_s
 
 
 @dataclass

@@ -16,7 +16,10 @@ from lorabooth.cli.rank_table import size_text
 from lorabooth.cli.sample import parse_adapter
 
 if TYPE_CHECKING:
-    from lorabooth.adapters.merge import MergeReport
+    from lorabooth.adapters.merge_report import MergeReport
+
+_TOLD_FROM_S = 1.0
+"""A shorter wait for the disk is not worth a word."""
 
 
 @command
@@ -55,7 +58,7 @@ def merge(
     files = [parse_adapter(text) for text in adapters]
 
     from lorabooth import exchange
-    from lorabooth.adapters.merge import Merging
+    from lorabooth.adapters.merge_match import Merging
 
     reporter = reporter_for(quiet=quiet or as_json)
     report = exchange.merge(
@@ -75,7 +78,9 @@ def report_text(report: MergeReport) -> str:
     largest, worst = report.largest_change, report.worst_rounding
     lines = [
         f"merged    {report.n_modules} weights{f' of {report.family}' * bool(report.family)} "
-        f"in {duration_text(report.seconds)}",
+        f"in {duration_text(report.seconds)}"
+        + f", {duration_text(report.waited_s)} of it for the disk"
+        * (report.waited_s >= _TOLD_FROM_S),
         f"change    mean {_percent(report.mean_change)}, largest {_percent(largest.relative_change)} "
         f"of the weight ({largest.module})",
         f"rounding  to {' and '.join(dtype_text(dtype) for dtype in report.dtypes)}: "

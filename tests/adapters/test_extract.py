@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorabooth.adapters import extract, file, merge
-from lorabooth.adapters.merge import Merging
+from lorabooth.adapters.merge_match import Merging
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.errors import AdapterError, BaseModelError
 from tests.adapters.test_merge import UNET, in_dtype, single

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorabooth.adapters import file, inject, merge
-from lorabooth.adapters.merge import Merging
+from lorabooth.adapters.merge_match import Merging
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.adapters.stored import open_adapter
 from lorabooth.checkpoints.header import read_header
@@ -73,6 +73,7 @@ def test_a_merged_folder_is_the_base_with_the_adapter_live(base, adapter, tmp_pa
     for got, wanted in zip(outputs(load(tmp_path / "merged")), live(base, (adapter, 0.7)), strict=True):
         assert difference(got, wanted) < 1e-5
     assert report.n_modules == len(file.read(adapter).tensors) // 3
+    assert 0 <= report.waited_s <= report.seconds
     assert report.leftovers == ()
     assert 0 < report.mean_change < report.largest_change.relative_change
     assert report.worst_rounding.rounding == 0

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorabooth.adapters import merge
-from lorabooth.adapters.merge import Merging
+from lorabooth.adapters.merge_match import Merging
 from tests.adapters.test_merge import UNET, adapter, single  # noqa: F401 (a fixture)
 
 SLOW = """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorabooth.adapters import extract, file, inject, merge
 from lorabooth.adapters.inject import Target
-from lorabooth.adapters.merge import Merging
+from lorabooth.adapters.merge_match import Merging
 from lorabooth.adapters.metadata import Metadata
 from lorabooth.checkpoints.inventory import open_base
 from lorabooth.evaluation.apply import load_adapter

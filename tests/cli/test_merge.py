@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from lorabooth import exchange
+from lorabooth.adapters.merge_match import Merging
 from lorabooth.cli.app import app
+from lorabooth.cli.merge import report_text
 from tests.documents import make_adapter
 from tests.families.ldm import make_single_file
 
@@ -39,6 +43,13 @@ def test_merge_says_what_changed(tiny_sd: Path, adapter: Path, tmp_path: Path) -
     assert (tmp_path / "out" / UNET).is_file()
 
 
+def test_a_long_wait_for_the_disk_is_told_apart(tiny_sd: Path, adapter: Path, tmp_path: Path) -> None:
+    report = exchange.merge(tiny_sd, [Merging(adapter)], tmp_path / "out")
+    short, long = (replace(report, seconds=9.0, waited_s=waited_s) for waited_s in (0.4, 5.0))
+    assert report_text(short).splitlines()[0] == "merged    32 weights of sd1 in 0:09"
+    assert report_text(long).splitlines()[0] == "merged    32 weights of sd1 in 0:09, 0:05 of it for the disk"
+
+
 def test_merge_as_json_and_in_half_precision(tiny_sd: Path, adapter: Path, tmp_path: Path) -> None:
     full = make_single_file(tiny_sd, tmp_path / "full.safetensors")
     half = tmp_path / "half.safetensors"
@@ -50,6 +61,7 @@ def test_merge_as_json_and_in_half_precision(tiny_sd: Path, adapter: Path, tmp_p
     assert facts["n_modules"] == len(facts["modules"]) == 32
     assert facts["dtypes"] == ["F16"]
     assert 0 < facts["mean_rounding"] < 0.1
+    assert 0 <= facts["waited_s"] <= facts["seconds"]
     assert facts["n_bytes"] == out.stat().st_size == half.stat().st_size
     assert not result.stderr
 
