@@ -34,6 +34,7 @@ CHANGEABLE = frozenset(
         "memory.stream",
         "memory.vae_slicing",
         "memory.vae_tiling",
+        "speed.compile",
         "optim.steps",
         "evaluation.dino",
         "evaluation.clip",
@@ -55,8 +56,9 @@ CHANGEABLE = frozenset(
 )
 """Keys that may differ when a run goes on: none of them changes what the steps already done have learned.
 
-Those of [memory] are techniques under which the gradient stays equal (within the rounding of another order of
-additions): a run that ran out of memory goes on with the next of them.
+Those of [memory] and speed.compile leave the gradient equal (within the rounding of another order of
+additions): a run that ran out of memory goes on with the next technique, one that is slow goes on compiled.
+speed.cuda_graph is none of them: it keeps the optimizer's counters elsewhere.
 """
 
 

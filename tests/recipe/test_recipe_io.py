@@ -223,7 +223,14 @@ def test_an_override_mends_a_file(tmp_path: Path) -> None:
 
 def test_differences_are_empty_exactly_when_fingerprints_agree(recipe: Recipe) -> None:
     later = with_overrides(
-        recipe, ["optim.steps=7", "run.out=/elsewhere", "run.keep=0", "run.sample_prompts=['a']"]
+        recipe,
+        [
+            "optim.steps=7",
+            "run.out=/elsewhere",
+            "run.keep=0",
+            "run.sample_prompts=['a']",
+            "speed.compile=on",
+        ],
     )
     assert differences(recipe, later) == []
     assert fingerprint(recipe) == fingerprint(later)

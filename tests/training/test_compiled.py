@@ -167,6 +167,24 @@ def test_a_compiled_run_is_the_same_run(
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_compiled(
+    tiny_sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps as they are and three compiled lose what six steps lose."""
+    monkeypatch.setenv("LORABOOTH_CACHE", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    # A constant rate: what the first three steps do must not depend on how many are to follow.
+    constant = ("optim.schedule=constant",)
+    plain = runs.train(tiny_sd, photos, tmp_path / "plain", *constant, "optim.steps=6")
+    runs.train(tiny_sd, photos, tmp_path / "on", *constant, "optim.steps=3")
+    result = runs.train(tiny_sd, photos, tmp_path / "on", *constant, "optim.steps=6", "speed.compile=on")
+    assert result.resumed_from == 3
+    for ours, theirs in zip(runs.metrics(result.out), runs.metrics(plain.out), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert json.loads((result.out / "run.json").read_text())["speed"]["compile"] == "on"
+
+
+@pytest.mark.slow
 def test_a_compiler_is_proven(tmp_path: Path) -> None:
     before = torch._dynamo.utils.counters["frames"]["ok"]
     compiled.require_compiler(torch.device("cpu"), tmp_path)
