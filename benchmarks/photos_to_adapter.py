@@ -3,7 +3,7 @@
     python benchmarks/photos_to_adapter.py --peer-script PATH --class-images 200 --steps 500
 
 Each side runs once in a process of its own, with nothing cached, at its own defaults for class images: the
-peer draws batches of 4 with the checkpoint's sampler in 50 steps, lorabooth with DPM-Solver++ in 25. Training
+peer draws batches of 4 with the checkpoint's sampler in 50 steps, lorabooth with DPM-Solver++ in 20. Training
 has equal steps, batch 1 + 1 with prior preservation, rank 4, AdamW, fp32 on a CPU and bf16 on a GPU. With
 --rounds they alternate. Every phase is listed. Where fewer images or steps are run than --of-class-images
 and --of-steps, "extrapolated" says what the measured times an image and a step would make of those: it is
@@ -154,7 +154,7 @@ def main() -> None:
         "steps": args.steps,
         "rounds": args.rounds,
         "class_images_of": {
-            "ours": "DPM-Solver++, 25 steps, guidance 7.5",
+            "ours": "DPM-Solver++, 20 steps, guidance 7.5",
             "peer": "the checkpoint's sampler (PNDM), 50 steps, guidance 7.5",
         },
         "ours": _median(mine),

@@ -256,7 +256,7 @@ SD1 = StableDiffusion(
         steps=800,
         guidance=7.5,
         class_guidance=7.5,
-        sampler_steps=25,
+        sampler_steps=20,  # "15 to 20 steps for guided sampling": arXiv 2211.01095, abstract
     ),
 )
 SD2 = StableDiffusion("sd2", replace(SD1.defaults, resolution_px=768))
