@@ -94,6 +94,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._peak = 0
         self._at_peak: dict[str, int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: torch need not wrap every op to keep its compiler out."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -101,9 +106,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _DEVICE and hasattr(args[0], "fake_device"):
             return args[0].fake_device  # what a shape is asked for at every turn; nothing is made
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-                self._note_output(leaf, func, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+                if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                    self._note_output(leaf, func, args, kwargs)
         return out
 
     def usage(self) -> Usage:
@@ -212,9 +218,11 @@ def _gone(meter: weakref.ref[Meter], key: int, _: object) -> None:
 
 
 def _is_shared(storage: torch.UntypedStorage, inputs: object) -> bool:
-    return any(
-        isinstance(leaf, Tensor)
-        and leaf.layout is torch.strided
-        and leaf.untyped_storage()._cdata == storage._cdata
-        for leaf in tree_leaves(inputs)
-    )
+    """Whether an op's inputs (tensors, and lists and mappings of them) look at the storage already."""
+    if isinstance(inputs, Tensor):
+        return inputs.layout is torch.strided and inputs.untyped_storage()._cdata == storage._cdata
+    if isinstance(inputs, Mapping):
+        inputs = inputs.values()
+    elif not isinstance(inputs, list | tuple):
+        return False
+    return any(_is_shared(storage, each) for each in inputs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lorabooth.families.base import Family, Parts, Source
 from lorabooth.memory import apply, meter_cuda
 from lorabooth.memory.facts import Device
 from lorabooth.memory.meter import Meter, Usage
+from lorabooth.memory.meter_known import KnownOps
 from lorabooth.memory.meter_shapes import ShapesOnly, Uninitialised
 from lorabooth.memory.techniques import save_vae_memory
 from lorabooth.recipe import Recipe
@@ -48,23 +49,30 @@ class Scene:
         source: the base; its configs are looked at.
         family: of the base.
         device: what is predicted; it need not be here.
+        known: what ops make of shapes, from other rehearsals and for them.
     """
 
     recipe: Recipe
     source: Source
     family: Family
     device: Device
+    known: KnownOps = field(default_factory=KnownOps)
 
     @property
     def is_cuda(self) -> bool:
         """Whether the device has a memory of its own, and CUDA's arithmetic."""
         return self.device.kind == "cuda"
 
+    @property
+    def streams(self) -> bool:
+        """Whether the denoiser's frozen weights wait in a memory that is not the device's."""
+        return self.is_cuda and self.recipe.memory.stream
+
     @contextmanager
     def world(self) -> Iterator[None]:
         """Where tensors are shapes, and arithmetic is the device's."""
         arithmetic = meter_cuda.CudaArithmetic() if self.is_cuda else nullcontext()
-        with ShapesOnly(), arithmetic:
+        with ShapesOnly(self.known), arithmetic:
             yield
 
     def meter(self) -> Meter:

@@ -16,6 +16,7 @@ from lorabooth.families.base import Family, Source
 from lorabooth.memory import hollow
 from lorabooth.memory.facts import Device
 from lorabooth.memory.meter import Usage
+from lorabooth.memory.meter_known import KnownOps
 from lorabooth.memory.meter_shapes import ShapesOnly, Uninitialised
 from lorabooth.planning.components import CONTEXT, Scene
 from lorabooth.planning.phases import usages
@@ -117,11 +118,39 @@ def forecast(
         BaseModelError: a config is missing or broken.
         RecipeError: the recipe asks for what the base or the precision cannot do.
     """
-    scene = Scene(prepared(recipe, source, family, device), source, family, device)
-    found = usages(scene, phases)
-    return Forecast(
-        device, scene.recipe, tuple(Phase(name, scene.with_driver(usage)) for name, usage in found.items())
-    )
+    return Forecaster()(recipe, source, family, device, phases=phases)
+
+
+class Forecaster:
+    """`forecast` for many recipes: nothing that one rehearsal has shown is rehearsed again for another.
+
+    Every figure is the one that `forecast` gives. Not for several threads at once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been rehearsed yet."""
+        self._known = KnownOps()
+        self._found: dict[tuple[Source, Device, str], dict[str, Usage]] = {}
+
+    def __call__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        family: Family,
+        device: Device,
+        *,
+        phases: Collection[str] = PHASES,
+    ) -> Forecast:
+        """As `forecast`."""
+        scene = Scene(prepared(recipe, source, family, device), source, family, device, self._known)
+        found = self._found.setdefault((source, device, scene.recipe.model_dump_json()), {})
+        missing = [name for name in phases if name not in found]
+        if missing:
+            found.update(usages(scene, missing))
+        told = (
+            Phase(name, scene.with_driver(found[name])) for name in PHASES if name in {*phases} & {*found}
+        )
+        return Forecast(device, scene.recipe, tuple(told))
 
 
 def prepared(recipe: Recipe, source: Source, family: Family, device: Device) -> Recipe:

@@ -143,7 +143,7 @@ LADDER: tuple[Rung, ...] = (
     Rung(
         "streamed base",
         _of(memory__stream=True, memory__checkpointing=True, memory__checkpoint_blocks="auto"),
-        ("class images", "training", "previews", "saving"),
+        ("class images", "caching", "training", "previews", "saving"),
         "frozen weights wait in host memory and are copied block by block in every step",
         problem=_streamable,
     ),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorabooth.families.base import Family, Source
 from lorabooth.memory.facts import Device
 from lorabooth.planning.budget import Budget
 from lorabooth.planning.components import CONTEXT, LIBRARIES
-from lorabooth.planning.forecast import PHASES, Forecast, forecast
+from lorabooth.planning.forecast import PHASES, Forecast, Forecaster
 from lorabooth.planning.keys import set_text
 from lorabooth.recipe import Recipe
 
@@ -26,7 +26,7 @@ class Case:
         budget: that the run may use.
         problems: (recipe without "auto") -> what the device or its packages cannot do of it; nothing is tried
             for a device that is not here.
-        predict: as `planning.forecast.forecast`, which it is.
+        predict: as `planning.forecast.forecast`; it remembers what it has rehearsed for this case.
     """
 
     source: Source
@@ -34,7 +34,7 @@ class Case:
     device: Device
     budget: Budget
     problems: Callable[[Recipe], Sequence[str]] = lambda recipe: ()  # noqa: ARG005
-    predict: Callable[..., Forecast] = forecast
+    predict: Callable[..., Forecast] = field(default_factory=Forecaster)
 
     def forecast(self, recipe: Recipe, phases: Collection[str] = PHASES) -> Forecast:
         """The memory of a recipe here."""

@@ -1,7 +1,8 @@
 """The phases of a run, rehearsed on shapes: the real code of each, with counted memory.
 
 What is on the device in each phase is what a run has there: class images with all parts, caching with the
-encoders (and the denoiser, if it has drawn), training with the denoiser, and what it trains, alone.
+encoders (and the denoiser, if it has drawn), training with the denoiser, and what it trains, alone. Of a
+denoiser that is streamed to a card, only what stays there and the units that visit it.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from collections.abc import Collection, Mapping
 
 from lorabooth.memory.meter import Usage
 from lorabooth.planning.components import Scene
-from lorabooth.planning.phases_before import caching, class_images
+from lorabooth.planning.phases_before import before
 from lorabooth.planning.phases_training import training
 
 
 def usages(scene: Scene, wanted: Collection[str]) -> Mapping[str, Usage]:
-    """The usage of each wanted phase that the recipe has, in the order of a run; without the driver's."""
+    """The usage of each wanted phase that the recipe has, and of those seen on the way; without driver."""
     recipe = scene.recipe
     found: dict[str, Usage] = {}
-    if "class images" in wanted and recipe.prior.mode == "generated":
-        found["class images"] = class_images(scene)
-    if "caching" in wanted:
-        found["caching"] = caching(scene)
+    earlier = {name for name in ("class images", "caching") if name in wanted}
+    if recipe.prior.mode != "generated":
+        earlier.discard("class images")
+    if earlier:
+        found.update(before(scene, earlier))
     later = {name for name in ("training", "previews", "saving") if name in wanted}
     if recipe.run.sample_count == 0 and recipe.run.select == "last":
         later.discard("previews")
     if later:
-        made = training(scene, later)
-        found.update({name: usage for name, usage in made.items() if name in later})
+        found.update(training(scene, later))
     return found

@@ -5,12 +5,16 @@ Legend of shape suffixes: B batch, C latent channels, h w latent size.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from lorabooth.families.base import Parts
-from lorabooth.memory.meter import Usage
+from lorabooth.memory.meter import Meter, Usage
+from lorabooth.memory.stream import is_streamed, stream, streamed_tensors
 from lorabooth.planning import components as things
 from lorabooth.planning.components import Scene
+from lorabooth.planning.visits import Ahead
 from lorabooth.training import subjects
 from lorabooth.training.class_images import group_of
 from lorabooth.types import Cond
@@ -18,37 +22,66 @@ from lorabooth.types import Cond
 _PROMPTS_AT_ONCE = 16
 
 
-def class_images(scene: Scene) -> Usage:
-    """The base draws a group of class images: denoiser at twice the group, then the VAE one by one."""
+def before(scene: Scene, wanted: Collection[str]) -> dict[str, Usage]:
+    """Class images, and caching with what their drawing leaves on the device.
+
+    Args:
+        scene: what is rehearsed.
+        wanted: of "class images" and "caching"; class images only of a recipe that has them generated.
+    """
+    found: dict[str, Usage] = {}
+    draws = scene.recipe.prior.mode == "generated"
     with scene.world():
         parts = things.skeleton(scene)
-        meter = scene.meter()
-        with meter:
-            things.hold(meter, parts)
-            count = group_of(scene.recipe, scene.device.kind)
-            draw(scene, parts, count, guidance=float(scene.recipe.prior.guidance))
-        return meter.usage()
+        if scene.recipe.memory.stream:
+            stream(parts.denoiser, things.SHAPES_ON)
+        with scene.meter() as meter:
+            _hold(scene, parts, meter, with_denoiser=draws)
+            # A streamed denoiser that has drawn leaves the unit that would have come next.
+            if draws and ("class images" in wanted or scene.streams):
+                _class_images(scene, parts, meter)
+                found["class images"] = meter.usage()
+                meter.reset_peak()
+            if "caching" in wanted:
+                _caching(scene, parts)
+                found["caching"] = meter.usage()
+    return found
 
 
-def caching(scene: Scene) -> Usage:
+def _hold(scene: Scene, parts: Parts, meter: Meter, *, with_denoiser: bool) -> None:
+    """Count what is on the device: the encoders, and a denoiser that draws, but for what it streams.
+
+    Where host and device are one memory, the denoiser is there in any case.
+    """
+    if not scene.is_cuda:
+        things.hold(meter, parts)
+    elif not with_denoiser:
+        things.hold(meter, parts, but=parts.denoiser.parameters())
+    else:
+        things.hold(meter, parts, but=streamed_tensors(parts.denoiser))
+
+
+def _class_images(scene: Scene, parts: Parts, meter: Meter) -> None:
+    """The base draws a group of class images: denoiser at twice the group, then the VAE one by one."""
+    if scene.streams:
+        Ahead(parts.denoiser, meter, things.DENOISER)
+    count = group_of(scene.recipe, scene.device.kind)
+    draw(scene, parts, count, guidance=float(scene.recipe.prior.guidance))
+
+
+def _caching(scene: Scene, parts: Parts) -> None:
     """Photos through the VAE and prompts through the text encoder, one by one."""
     recipe = scene.recipe
-    with scene.world():
-        parts, meter = things.skeleton(scene), scene.meter()
-        # A denoiser that has drawn class images is still there; else it has not left the host.
-        is_away = scene.is_cuda and recipe.prior.mode != "generated"
-        with meter, torch.no_grad():
-            things.hold(meter, parts, but=parts.denoiser.parameters() if is_away else ())
-            pixels = torch.empty(1, 3, *(scene.side_px(parts),) * 2)
-            # A GPU gets the photo's pixels; a CPU's memory has them twice.
-            photo = None if scene.is_cuda else torch.empty_like(pixels)
-            scene.family.encode_images(parts, pixels)
-            del pixels, photo
-            if not recipe.adapter.text_encoder:
-                prompts = ["", *subjects.preview_prompts(recipe, subjects.subjects_of(recipe))]
-                count = min(len(prompts), _PROMPTS_AT_ONCE)
-                scene.family.encode_tokens(parts, things.blank_tokens(scene.family, parts, count))
-        return meter.usage()
+    with torch.no_grad():
+        pixels = torch.empty(1, 3, *(scene.side_px(parts),) * 2)
+        # A GPU gets the photo's pixels; a CPU's memory has them twice.
+        photo = None if scene.is_cuda else torch.empty_like(pixels)
+        scene.family.encode_images(parts, pixels)
+        del pixels, photo
+        if not recipe.adapter.text_encoder:
+            prompts = ["", *subjects.preview_prompts(recipe, subjects.subjects_of(recipe))]
+            count = min(len(prompts), _PROMPTS_AT_ONCE)
+            scene.family.encode_tokens(parts, things.blank_tokens(scene.family, parts, count))
 
 
 def draw(scene: Scene, parts: Parts, count: int, *, guidance: float, cond: Cond | None = None) -> None:
@@ -56,6 +89,8 @@ def draw(scene: Scene, parts: Parts, count: int, *, guidance: float, cond: Cond 
     family = scene.family
     rows = 2 * count if guidance > 1 else count
     shape = scene.latent_shape(parts)
+    # Only from the second step on are a streamed denoiser's units copied ahead.
+    steps = 2 if scene.streams and is_streamed(parts.denoiser) else 1
     with torch.no_grad():
         if cond is None:
             cond = family.encode_tokens(parts, things.blank_tokens(family, parts, count))
@@ -67,6 +102,8 @@ def draw(scene: Scene, parts: Parts, count: int, *, guidance: float, cond: Cond 
         latents = torch.empty((count, *shape), dtype=parts.dtype)
         inputs = torch.cat([latents] * (rows // count))
         level_B = torch.zeros(rows, dtype=torch.int64)
-        output = family.predict(parts, inputs, level_B, cond, (scene.geometry(parts),) * rows)
-        del cond, copies, inputs, output, history
+        for _ in range(steps):
+            output = family.predict(parts, inputs, level_B, cond, (scene.geometry(parts),) * rows)
+            del output
+        del cond, copies, inputs, history
         family.decode_latents(parts, latents[:1])

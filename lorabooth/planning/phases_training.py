@@ -23,6 +23,7 @@ from lorabooth.memory.stream import streamed_tensors
 from lorabooth.planning import components as things
 from lorabooth.planning.components import Scene
 from lorabooth.planning.phases_before import draw
+from lorabooth.planning.visits import Ahead
 from lorabooth.progress import Silent
 from lorabooth.recipe import Recipe
 from lorabooth.training import optim, pool, subjects
@@ -66,7 +67,7 @@ def training(scene: Scene, wanted: Collection[str]) -> dict[str, Usage]:
 
     Args:
         scene: what is rehearsed.
-        wanted: of "training", "previews" and "saving".
+        wanted: whether "previews" are; training and saving are seen in any case.
     """
     found: dict[str, Usage] = {}
     with scene.world():
@@ -80,11 +81,13 @@ def training(scene: Scene, wanted: Collection[str]) -> dict[str, Usage]:
             stage = _ready(scene, setting, again, conds, meter)
             _step(scene, stage, meter)
             found["training"] = meter.usage()
-            for name, follow in (("previews", _previews), ("saving", _saving)):
-                if name in wanted:
-                    meter.reset_peak()
-                    follow(scene, stage, meter)
-                    found[name] = meter.usage()
+            if "previews" in wanted:
+                meter.reset_peak()
+                _previews(scene, stage, meter)
+                found["previews"] = meter.usage()
+            meter.reset_peak()
+            _saving(scene, stage, meter)
+            found["saving"] = meter.usage()
     return found
 
 
@@ -96,12 +99,13 @@ def _ready(scene: Scene, setting: Setting, again: Parts, conds: Cond, meter: Met
     with meter.during(things.DENOISER):
         with Uninitialised():
             attached = attach(setting, things.SHAPES_ON, Silent())
-        if scene.is_cuda and recipe.memory.stream:
+        if scene.streams:
             # Among shapes nothing tells that a layer's weights went back to the host: only what stays counts.
             away = streamed_tensors(parts.denoiser)
             meter.drop(*away)
             meter.reset_peak()
             things.hold(meter, parts, but=away)
+            Ahead(parts.denoiser, meter, things.DENOISER)
         else:
             things.hold(meter, parts)
         meter.watch(things.ADAPTER, *attached.parameters())

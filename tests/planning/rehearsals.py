@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 
@@ -19,6 +20,7 @@ from lorabooth.evaluation.sample import file_name
 from lorabooth.families import registry
 from lorabooth.families.reload import with_vae
 from lorabooth.families.source import resolve
+from lorabooth.memory import meter_cuda, stream
 from lorabooth.memory.facts import Device
 from lorabooth.memory.meter import Meter, Usage
 from lorabooth.planning import components as things
@@ -86,6 +88,48 @@ def measured(recipe: Recipe, work: Path) -> dict[str, Usage]:
             _draw(setting, encoded, meter)
             found["previews"] = meter.usage()
     return found
+
+
+def measured_before(recipe: Recipe, work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Usage]:
+    """Class images and caching, really run with a streamed base, counted as a card's memory would be.
+
+    This CPU's memory is the card's, but for what waits in host memory; units are copied ahead, as on CUDA.
+    """
+    _copy_ahead(monkeypatch)
+    store, found = Store(work / "cache"), {}
+    setting = open_setting(recipe, Clock(), Silent())
+    with Meter(granule_bytes=meter_cuda.GRANULE_BYTES, host_counts=False) as meter:
+        things.hold(meter, setting.parts, but=stream.streamed_tensors(setting.parts.denoiser))
+        classes = class_examples(setting, STUDIO, store, Silent())
+        found["class images"] = meter.usage()
+        gc.collect()
+        meter.reset_peak()
+        cache_and_release(setting, classes.records, store, Silent())
+        found["caching"] = meter.usage()
+    return found
+
+
+class _Stream:
+    """A CUDA stream's part in copying, where there is none."""
+
+    def record_event(self) -> None:
+        """Copies are done when they are made."""
+
+    def wait_event(self, event: None) -> None:
+        """Nothing to wait for."""
+
+
+def _copy_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = stream._Line.__init__
+
+    def made(line: stream._Line, device: torch.device) -> None:
+        make(line, device)
+        line.stream = _Stream()
+
+    monkeypatch.setattr(stream._Line, "__init__", made)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
 
 def _draw(setting: Any, encoded: dict[str, torch.Tensor] | None, meter: Meter) -> None:

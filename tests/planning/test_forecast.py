@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from lorabooth.errors import BaseModelError
 from lorabooth.families import registry
 from lorabooth.families.source import resolve
 from lorabooth.memory.facts import Device
-from lorabooth.memory.meter import Meter
+from lorabooth.memory.meter import Meter, Usage
 from lorabooth.planning import components as things
-from lorabooth.planning.forecast import PHASES, forecast, prepared
+from lorabooth.planning import forecast as forecasts
+from lorabooth.planning import phases
+from lorabooth.planning.forecast import PHASES, Forecast, Forecaster, forecast, prepared
 from lorabooth.recipe import Recipe, from_mapping
-from tests.planning.rehearsals import CARD, CPU, measured, predicted
+from tests.planning.rehearsals import CARD, CPU, measured, measured_before, predicted
 from tests.tiny import make_photos
 from tests.training import runs
 
@@ -116,6 +119,28 @@ def test_a_run_without_class_images_and_samples_has_no_such_phases(recipe_of) ->
     assert json.loads(json.dumps(told.as_json()))["peak_bytes"] == told.peak_bytes
 
 
+def test_nothing_is_rehearsed_twice(recipe_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    usages = phases.usages
+
+    def noted(scene: things.Scene, wanted: Collection[str]) -> Mapping[str, Usage]:
+        asked.append(tuple(wanted))
+        return usages(scene, wanted)
+
+    monkeypatch.setattr(forecasts, "usages", noted)
+    recipe, told = recipe_of("sd1", "prior.mode=none"), Forecaster()
+    base = resolve(recipe.model.base, configs_only=True)
+    place = (base, registry.family(base.family), CARD)
+    first = told(recipe, *place, phases=("training",))
+    assert [phase.name for phase in first.phases] == ["training"]
+    both = told(recipe, *place, phases=("training", "saving"))
+    assert asked == [("training",)]
+    assert both.phases[0] == first.phases[0]
+    told(recipe_of("sd1", "prior.mode=none", "adapter.rank=8"), *place, phases=("training",))
+    assert len(asked) == 2
+    assert both.phases == forecast(recipe, *place, phases=("training", "saving")).phases
+
+
 def test_measuring_checkpoints_draws_as_previews_do(recipe_of) -> None:
     def drawn(*overrides: str) -> int:
         recipe = recipe_of("sd1", *overrides)
@@ -183,6 +208,26 @@ def test_what_waits_in_host_memory_is_not_on_the_card(recipe_of) -> None:
     assert streamed[things.DENOISER] < plain[things.DENOISER] / 2
 
 
+def test_a_streamed_base_draws_and_waits_as_was_predicted(
+    recipe_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(
+        "sd1",
+        *("prior.mode=generated", "prior.count=2", "prior.sampler_steps=3", "model.dtype=fp32"),
+        *("memory.stream=true", "memory.checkpointing=true", "memory.images_at_once=2"),
+    )
+    told = predicted(recipe, CARD, phases=("class images", "caching"))
+    real = measured_before(recipe, tmp_path, monkeypatch)
+    # In this CPU's memory, and not in a card's: six tables of the sampler's 1000 levels, pixels once.
+    photo_bytes = 3 * int(told.recipe.images.resolution) ** 2 * 4
+    host_bytes = {"class images": 6 * 4096, "caching": photo_bytes}
+    for name, usage in real.items():
+        phase = told.phase(name).usage
+        driver_bytes = phase.at_peak[things.CONTEXT] + phase.at_peak[things.LIBRARIES]
+        taken_bytes = usage.peak_bytes - host_bytes[name]
+        assert phase.peak_bytes - driver_bytes == pytest.approx(taken_bytes, rel=0.01), name
+
+
 def test_tokens_do_not_need_a_vocabulary(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(tiny_sd, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     overrides = ("adapter.text_encoder=true", "prior.mode=none")
@@ -224,6 +269,24 @@ def test_sd15_is_predicted_from_its_configs(tmp_path: Path) -> None:
     assert usage.at_peak[things.ADAPTER] == pytest.approx(797_184 * 4, rel=0.01)
     assert usage.at_peak[things.OPTIMIZER] == pytest.approx(2 * 797_184 * 4, rel=0.03)
     assert 2.5 * GIB < usage.peak_bytes < 4.5 * GIB
+
+
+def test_a_streamed_base_is_not_on_the_card_before_training(tmp_path: Path) -> None:
+    """Class images and caching fall by its weights, but for first and last layers and units that visit."""
+    weights_bytes = 859_520_964 * 2
+
+    def told(*more: str) -> Forecast:
+        drawn = ("prior.mode=generated", "prior.images=", "memory.checkpointing=true")
+        recipe = published("sd15", tmp_path / str(len(more)), *drawn, *more)
+        return predicted(recipe, CARD, phases=("class images", "caching"))
+
+    plain, streamed = told(), told("memory.stream=true")
+    assert plain.phase("caching").usage.at_peak[things.DENOISER] == pytest.approx(weights_bytes, rel=0.001)
+    assert streamed.phase("caching").usage.at_peak[things.DENOISER] < 0.02 * weights_bytes
+    assert streamed.phase("class images").usage.at_peak[things.DENOISER] < 0.15 * weights_bytes
+    for name in ("class images", "caching"):
+        fell_bytes = plain.phase(name).usage.peak_bytes - streamed.phase(name).usage.peak_bytes
+        assert 0.9 * weights_bytes < fell_bytes < weights_bytes, name
 
 
 @pytest.mark.slow
