@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lorabooth.errors import BaseModelError, first_line, is_out_of_memory
 from lorabooth.progress import Reporter, Silent
@@ -49,11 +50,20 @@ class SubjectEmbedder:
         model: a transformers vision model in evaluation mode.
         processor: its image processor.
         device: where it computes.
+        projection: [D,W], for a model whose embedding is a linear map of its pooled output.
     """
 
-    def __init__(self, name: str, model: Any, processor: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        processor: Any,
+        device: torch.device,
+        projection: Tensor | None = None,
+    ) -> None:
         self.name = name
         self._model = model.to(device).eval()
+        self._projection = None if projection is None else projection.to(device, torch.float32)
         self._processor = processor
         self._device = device
         self._reads_token = model.config.model_type in CLASS_TOKEN
@@ -78,7 +88,7 @@ class SubjectEmbedder:
             vectors = output.pooler_output.flatten(1)
         else:
             raise ValueError(f"{type(self._model).__name__} gives no embedding of a whole image")
-        return _unit(vectors)
+        return _unit(vectors if self._projection is None else vectors @ self._projection.T)
 
 
 class ClipEmbedder:
@@ -172,6 +182,8 @@ class CosineDistance:
 def open_subject(folder: Path, name: str, device: torch.device) -> SubjectEmbedder:
     """A vision model from its folder, proven on one image.
 
+    A pocket base's subject encoder has its projection beside it, in projection.safetensors.
+
     Raises:
         BaseModelError: it cannot be opened, lacks weights, or gives no embedding.
     """
@@ -184,7 +196,7 @@ def open_subject(folder: Path, name: str, device: torch.device) -> SubjectEmbedd
         )
         _require_whole(told, unused=("pooler.",) if model.config.model_type in CLASS_TOKEN else ())
         processor = AutoImageProcessor.from_pretrained(folder, **_PILLOW)
-        embedder = SubjectEmbedder(name, model, processor, device)
+        embedder = SubjectEmbedder(name, model, processor, device, _projection(folder))
         embedder([_GREY])
     except _FAILURES as error:
         raise _broken(folder, name, "a vision model", error) from error
@@ -254,6 +266,11 @@ _PILLOW: dict[str, Any] = {
     "trust_remote_code": False,
 }
 _GREY = Image.new("RGB", (64, 64), (128, 128, 128))
+
+
+def _projection(folder: Path) -> Tensor | None:
+    file = folder / "projection.safetensors"
+    return load_file(file)["weight"] if file.is_file() else None
 
 
 def _proven_clip(

@@ -44,7 +44,7 @@ from lorabooth.rng import seed_for
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from transformers import CLIPModel, ResNetModel
+    from transformers import CLIPModel
 
 VAE_SHARE, CLIP_SHARE, SUBJECT_SHARE = 0.13, 0.06, 0.12
 _FINISHED = "finished"
@@ -102,7 +102,7 @@ class Parts:
 
     vae: AutoencoderKL
     clip: CLIPModel
-    subject: ResNetModel
+    subject: subject_phase.SubjectEncoder
 
 
 def _begin(plan: BuildPlan, name: str) -> None:
@@ -220,9 +220,9 @@ def load_parts(plan: BuildPlan) -> Parts:
             vae_phase.standardise(vae, latents.get_tensor("mean"), latents.get_tensor("std"))
     clip = clip_phase.make_clip(load_tokenizer(plan.work / "tokenizer"))
     clip.load_state_dict(average_of(plan.state_file("clip")))
-    subject = subject_phase.make_encoder()
+    subject = subject_phase.SubjectEncoder()
     if plan.state_file("subject").exists():
-        subject.load_state_dict(subject_phase.encoder_part(average_of(plan.state_file("subject"))))
+        subject.load_state_dict(average_of(plan.state_file("subject")))
     return Parts(vae.eval(), clip.eval(), subject.eval())
 
 

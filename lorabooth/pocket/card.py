@@ -134,10 +134,10 @@ def subject_section(record: Mapping[str, Any], steps: int, minutes: float, notes
     return f"""
 ## Subject encoder
 
-`subject_encoder/` is a ResNet of transformers ({record["parameters"] / 1e6:.2f} M parameters), near for two
-pictures of one specimen and apart for two specimens of a class: what DINO is for photos
-(`lorabooth.pocket.subject.load_subject_encoder`). Trained by contrast (InfoNCE) for {steps} steps,
-{minutes:.0f} minutes on one core, on specimens of its own.
+`subject_encoder/` is a ResNet of transformers and a linear projection of its pooled output
+({record["parameters"] / 1e6:.2f} M parameters), near for two pictures of one specimen and apart for two
+specimens of a class: what DINO is for photos (`lorabooth.pocket.subject.load_subject_encoder`). Trained by
+contrast (InfoNCE) for {steps} steps, {minutes:.0f} minutes on one core, on specimens of its own.
 {notes}
 
 A specimen of a stream that training has not seen is sought by one picture, in any place, pose and accessory,
@@ -148,8 +148,8 @@ among a photo each of {record["among"]} specimens of its class. All styles toget
 |---|---|
 {rows}
 
-A pencil sketch shares no colour with what it shows; most specimens of a class differ in little else. So the
-scores of sketches say little about whose likeness they are.
+A pencil sketch shares no colour with what it shows; many specimens of a class differ in little else. So the
+scores of sketches say less about whose likeness they are.
 """
 
 

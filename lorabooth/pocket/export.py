@@ -11,12 +11,13 @@ from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UN
 from transformers import CLIPImageProcessor, CLIPModel
 
 from lorabooth.pocket.clip import save_clip_rest, text_half
-from lorabooth.pocket.subject import save_subject_encoder
+from lorabooth.pocket.dataset import SIZE_PX
+from lorabooth.pocket.subject import INPUT_PX, SubjectEncoder, save_subject_encoder
 from lorabooth.pocket.tokenizer import save_tokenizer
 from lorabooth.pocket.unet import make_scheduler
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer, ResNetModel
+    from transformers import CLIPTokenizer
 
 
 def assemble(
@@ -39,7 +40,7 @@ def assemble(
 
 
 def write_folder(
-    pipeline: StableDiffusionPipeline, clip: CLIPModel, subject: ResNetModel, folder: Path
+    pipeline: StableDiffusionPipeline, clip: CLIPModel, subject: SubjectEncoder, folder: Path
 ) -> None:
     """Write a pocket base in half precision; every file is replaced whole.
 
@@ -59,16 +60,19 @@ def write_folder(
         _load_as_float32(staging / "text_encoder" / "config.json")
         save_clip_rest(clip, staging / "clip")
         save_subject_encoder(subject, staging / "subject_encoder")
-        size = {"height": 64, "width": 64}
-        processor = CLIPImageProcessor(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        for part in ("clip", "subject_encoder"):
-            processor.save_pretrained(staging / part)
+        for part, side in (("clip", SIZE_PX), ("subject_encoder", INPUT_PX)):
+            _image_processor(side).save_pretrained(staging / part)
         for file in sorted(staging.rglob("*")):
             if file.is_file():
                 target = folder / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.chmod(0o644)  # safetensors writes files that only their owner can read
                 file.replace(target)
+
+
+def _image_processor(side: int) -> CLIPImageProcessor:
+    size = {"height": side, "width": side}
+    return CLIPImageProcessor(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 def _load_as_float32(config_file: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorabooth.errors import RecipeError
 from lorabooth.pocket.build import BuildPlan
 from lorabooth.pocket.clip import load_clip
-from lorabooth.pocket.subject import SubjectEncoder, load_subject_encoder
+from lorabooth.pocket.subject import load_subject_encoder
 from lorabooth.pocket.trainer import write_state
 
 _DONE_S = 1e9
@@ -44,7 +44,7 @@ def start_from(plan: BuildPlan, folder: Path) -> None:
     modules = {
         "vae": (AutoencoderKL.from_pretrained(folder / "vae").float(), _DONE_S),
         "clip": (load_clip(folder), _DONE_S),
-        "subject": (_subject(folder), _DONE_S),
+        "subject": (load_subject_encoder(folder), _DONE_S),
         "unet": (UNet2DConditionModel.from_pretrained(folder / "unet").float(), 0.0),
     }
     for phase, (module, elapsed_s) in modules.items():
@@ -52,13 +52,6 @@ def start_from(plan: BuildPlan, folder: Path) -> None:
         write_state(
             plan.state_file(phase), _weights(module.state_dict()), {"step": step, "elapsed_s": elapsed_s}
         )
-
-
-def _subject(folder: Path) -> SubjectEncoder:
-    """As it trains; the projection that was thrown away is a new one, which nothing uses any more."""
-    model = SubjectEncoder()
-    model.encoder = load_subject_encoder(folder)
-    return model
 
 
 def _weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,19 +39,24 @@ CLASSES_A_STEP = 1
 TEMPERATURE = 0.07
 CODED_SHARE = 0.25
 """Share of the pictures that have been through the autoencoder, as everything the base draws has."""
-TRAINED_STYLES = (0.5, 0.25, 0.25)
+TRAINED_STYLES = (0.4, 0.4, 0.2)
 """Shares of the styles among the pictures that are trained on, beside a photo of each specimen."""
+INPUT_PX = 80
+"""Pictures are enlarged to this before they are read: the network's first layers halve twice."""
 HELD_OUT = "subject held-out"
 """The stream of specimens that the encoder is judged by and never trained on."""
 _CHUNK = 250
 
 
 class SubjectEncoder(nn.Module):
-    """The network as it trains: the encoder, and a projection that is thrown away.
+    """A network, and the linear projection in which two pictures are compared.
+
+    The projection is kept, where SimCLR (arXiv 2002.05709) throws its head away: what is asked of this
+    encoder is what it was trained for; its pooled features find a pencil sketch's specimen half as often.
 
     Attributes:
-        encoder: transformers' ResNet; its pooled output is the embedding.
-        projection: what the contrast is measured on (SimCLR's head, arXiv 2002.05709).
+        encoder: transformers' ResNet.
+        projection: of its pooled output.
     """
 
     def __init__(self) -> None:
@@ -62,11 +67,13 @@ class SubjectEncoder(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Pictures [B,3,64,64] in [-1, 1] -> unit vectors [B,D]."""
-        return F.normalize(self.projection(embed(self.encoder, x_BCHW)), dim=-1)
+        large = F.interpolate(x_BCHW, size=(INPUT_PX, INPUT_PX), mode="bicubic", antialias=True)
+        pooled: Tensor = self.encoder(large).pooler_output
+        return F.normalize(self.projection(pooled.flatten(1)), dim=-1)
 
 
 def make_encoder() -> ResNetModel:
-    """An untrained encoder for 64-pixel pictures: 0.5 million parameters."""
+    """An untrained encoder for pictures of `INPUT_PX`: 0.5 million parameters."""
     config = ResNetConfig(
         embedding_size=48,
         hidden_sizes=[48, 80, 128],
@@ -77,36 +84,27 @@ def make_encoder() -> ResNetModel:
     return ResNetModel(config)
 
 
-def encoder_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's own weights among those of a `SubjectEncoder`."""
-    return {n.removeprefix("encoder."): t for n, t in weights.items() if n.startswith("encoder.")}
-
-
-def save_subject_encoder(encoder: ResNetModel, folder: Path) -> None:
-    """Write the encoder as transformers reads it, in half precision; it is read back in float32.
+def save_subject_encoder(model: SubjectEncoder, folder: Path) -> None:
+    """Write the network as transformers reads it, and the projection beside it, in half precision.
 
     Batch statistics stay as they are: their counters are integers, and none overflows half precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    encoder.config.save_pretrained(folder)
-    weights = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in encoder.state_dict().items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.encoder.config.save_pretrained(folder)
+    for name, part in (("model", model.encoder), ("projection", model.projection)):
+        weights = {
+            key: (tensor.half() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+            for key, tensor in part.state_dict().items()
+        }
+        save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
 
 
-def load_subject_encoder(folder: Path) -> ResNetModel:
+def load_subject_encoder(folder: Path) -> SubjectEncoder:
     """The subject encoder of a pocket folder, in float32, in evaluation mode."""
-    encoder = ResNetModel(ResNetConfig.from_pretrained(folder / "subject_encoder"))
-    encoder.load_state_dict(load_file(folder / "subject_encoder" / "model.safetensors"))
-    return encoder.float().eval()
-
-
-def embed(encoder: ResNetModel, x_BCHW: Tensor) -> Tensor:
-    """Pooled features [B,D] of pictures in [-1, 1]."""
-    pooled: Tensor = encoder(x_BCHW).pooler_output
-    return pooled.flatten(1)
+    model, home = SubjectEncoder(), folder / "subject_encoder"
+    model.encoder.load_state_dict(load_file(home / "model.safetensors"))
+    model.projection.load_state_dict(load_file(home / "projection.safetensors"))
+    return model.float().eval()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,7 @@ def view_scene(seed: int, purpose: str, index: int, number: int) -> Scene:
     """Scene of picture `number` of specimen `index`: any place, pose and accessory.
 
     The first is a photo, as all that is known of a subject is; the others are of any style, and when they
-    are trained on half of them are no photos: a sketch shares no colour with what it shows.
+    are trained on most of them are no photos: a sketch shares no colour with what it shows.
     """
     rng = np.random.default_rng(seed_for(seed, number, 0, f"view/{purpose}", index))
     style: str | None = None
@@ -259,14 +257,12 @@ def subject_losses(
 
 
 @torch.no_grad()
-def embed_all(encoder: ResNetModel, images: NDArray[np.uint8], batch: int = 250) -> Tensor:
-    """Unit vectors [N,D] of uint8 [N,64,64,3]; the encoder is in evaluation mode."""
-    device = next(encoder.parameters()).device
-    parts = [
-        F.normalize(embed(encoder, pixels_of(images[i : i + batch], device)), dim=-1).cpu()
-        for i in range(0, len(images), batch)
-    ]
-    return torch.cat(parts)
+def embed_all(model: SubjectEncoder, images: NDArray[np.uint8], batch: int = 250) -> Tensor:
+    """Unit vectors [N,D] of uint8 [N,64,64,3]; the model is in evaluation mode."""
+    device = next(model.parameters()).device
+    return torch.cat(
+        [model(pixels_of(images[i : i + batch], device)).cpu() for i in range(0, len(images), batch)]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,12 +281,12 @@ class Answer:
 
 
 def retrieval(
-    encoder: ResNetModel, seed: int, *, per_class: int = 100, classes: Sequence[str] = CLASSES
+    model: SubjectEncoder, seed: int, *, per_class: int = 100, classes: Sequence[str] = CLASSES
 ) -> list[Answer]:
     """Find every specimen by another picture of it among one photo of each of its class.
 
     Args:
-        encoder: judged.
+        model: judged.
         seed: of the specimens: a stream that training never sees.
         per_class: specimens of each class: a photo, and a picture in any style, place, pose and accessory.
         classes: which ones.
@@ -302,7 +298,7 @@ def retrieval(
     for name in classes:
         mine = range(CLASSES.index(name), per_class * len(CLASSES), len(CLASSES))
         photos, asked = (
-            embed_all(encoder, np.stack([view(seed, HELD_OUT, index, number) for index in mine]))
+            embed_all(model, np.stack([view(seed, HELD_OUT, index, number) for index in mine]))
             for number in (0, 1)
         )
         best = (asked @ photos.T).argmax(dim=1).tolist()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Model, ResNetModel, ViTModel
 
 from lorabooth.errors import BaseModelError
@@ -72,6 +74,20 @@ def test_resnet_gives_the_mean_over_its_last_map(resnet: Path) -> None:
     for image, row in zip(some, found, strict=True):
         maps = model(normalised(image)).last_hidden_state
         assert row == pytest.approx(unit(maps.mean(dim=(2, 3))), abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_projection_beside_the_weights_is_applied(resnet: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(resnet, tmp_path / "with"))
+    matrix = torch.tensor([[2.0, *[0.0] * 11], [0.0, 1.0, *[0.0] * 10]])
+    save_file({"weight": matrix.half()}, folder / "projection.safetensors")
+    some = images(2)
+    plain, found = (open_subject(place, "r", CPU)(some) for place in (resnet, folder))
+    for before, after in zip(plain, found, strict=True):
+        assert after == pytest.approx(unit(torch.tensor([[2 * before[0], before[1]]])), abs=1e-5)
+    save_file({"weight": matrix[:, :5].contiguous()}, folder / "projection.safetensors")
+    with pytest.raises(BaseModelError, match="r: cannot be used as a vision model"):
+        open_subject(folder, "r", CPU)
 
 
 @torch.no_grad()

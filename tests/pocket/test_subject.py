@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from transformers import AutoModel
 
+from lorabooth.evaluation.embedders import open_subject
 from lorabooth.pocket import subject
 from lorabooth.pocket.base import pocket_dir
 from lorabooth.pocket.scenes import CLASSES
@@ -71,18 +73,31 @@ def test_loss_falls_when_it_is_trained_on_and_every_rank_draws_its_own(drawn: su
     assert float(other.detach()) != pytest.approx(seen[-1], rel=1e-3)
 
 
-def test_file_is_a_transformers_model_of_half_precision(tmp_path: Path) -> None:
+def test_files_are_a_transformers_model_and_its_projection_in_half_precision(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    encoder = subject.make_encoder().eval()
-    subject.save_subject_encoder(encoder, tmp_path / "subject_encoder")
+    model = subject.SubjectEncoder().eval()
+    subject.save_subject_encoder(model, tmp_path / "subject_encoder")
     again = subject.load_subject_encoder(tmp_path)
     pixels = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        mine, theirs = subject.embed(encoder, pixels), subject.embed(again, pixels)
+        mine, theirs = model(pixels), again(pixels)
         read = AutoModel.from_pretrained(tmp_path / "subject_encoder", dtype=torch.float32).eval()
-        assert torch.allclose(subject.embed(read, pixels), theirs, atol=1e-6)
+        pooled, same = (net(pixels).pooler_output for net in (read, again.encoder))
+    assert torch.equal(pooled, same)
     assert torch.allclose(mine, theirs, rtol=0.02, atol=0.02)
-    assert (tmp_path / "subject_encoder" / "model.safetensors").stat().st_size < 1_300_000
+    assert torch.allclose(mine.norm(dim=-1), torch.ones(2))
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "subject_encoder").glob("*.safetensors")}
+    assert sizes.keys() == {"model.safetensors", "projection.safetensors"}
+    assert sum(sizes.values()) < 1_300_000
+
+
+def test_the_metric_s_embedding_is_the_trained_one() -> None:
+    """What `lorabooth evaluate` opens, Pillow's enlarging included, is the module that was trained."""
+    photos = np.stack([subject.view(0, subject.HELD_OUT, index, 0) for index in range(3)])
+    embedder = open_subject(pocket_dir() / "subject_encoder", "the pocket subject encoder", CPU)
+    found = torch.from_numpy(embedder([Image.fromarray(photo) for photo in photos]))
+    expected = subject.embed_all(subject.load_subject_encoder(pocket_dir()), photos)
+    assert (found * expected).sum(dim=-1).min() > 0.999
 
 
 @pytest.mark.parametrize("name", ["mug", "duck"])
