@@ -36,10 +36,19 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Takes half an hour, 17 GB of disk and 16 GB of memory.
+# Measures speed and memory, and writes the README's table. Takes an hour, 17 GB of disk and 16 GB of memory.
+# Beside diffusers' DreamBooth script: make bench PEER=PATH/TO/train_dreambooth_lora.py
+PEER ?=
+PEER_OPTION := $(if $(PEER),--peer-script $(PEER))
 bench: setup
-	$(BIN)/python benchmarks/step_time.py
+	mkdir -p build/bench
+	$(BIN)/python benchmarks/step_time.py $(PEER_OPTION)
+	$(BIN)/python benchmarks/lora_overhead.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/photos_to_adapter.py $(PEER_OPTION) --class-images 24 --steps 40
+	$(BIN)/python benchmarks/vram.py
 	$(BIN)/python benchmarks/merge.py --work build/bench
+	$(BIN)/python benchmarks/speed_table.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
