@@ -69,12 +69,12 @@ def predicted(base: Path, recipe: Path, overrides: Sequence[str]) -> dict[str, A
     from lorabooth.families import registry
     from lorabooth.families.source import resolve
     from lorabooth.planning.budget import GIB, card
-    from lorabooth.planning.forecast import forecast
+    from lorabooth.planning.forecast import Forecaster
     from lorabooth.recipe import load
 
     source = resolve(str(base), configs_only=True)
     began_s = time.perf_counter()
-    found = forecast(
+    found = Forecaster()(
         load(recipe, overrides),
         source,
         registry.family(source.family),

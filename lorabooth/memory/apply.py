@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorabooth.errors import RecipeError, TrainingError
+from lorabooth.errors import RecipeError, TrainingError, first_line
 from lorabooth.memory.frozen import stored_names
 from lorabooth.memory.quantise import KINDS
 from lorabooth.progress import Reporter, Silent
@@ -245,8 +245,8 @@ def _try(
             return "a gradient is not finite"
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
-        return str(error).splitlines()[0][:200]
+    except RuntimeError as error:
+        return first_line(error) or type(error).__name__
     finally:
         for parameter in trained:
             parameter.grad = None

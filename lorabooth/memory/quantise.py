@@ -127,7 +127,7 @@ def kind_problem(kind: str, device: torch.device | str) -> str:
     except torch.OutOfMemoryError:
         raise
     # bitsandbytes without its compiled library, and devices without a dtype, fail in any of these ways.
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         return f"it does not run on {torch.device(device).type} ({_first_line(error)})"
     error_mean = float((again - weight).abs().mean() / weight.abs().mean())
     return "" if error_mean < 0.2 else f"it is wrong by {error_mean:.0%} on {torch.device(device).type}"

@@ -97,34 +97,10 @@ class Forecast:
         }
 
 
-def forecast(
-    recipe: Recipe,
-    source: Source,
-    family: Family,
-    device: Device,
-    *,
-    phases: Collection[str] = PHASES,
-) -> Forecast:
-    """Rehearse a run on shapes.
-
-    Args:
-        recipe: "auto" in it is resolved for `device`.
-        source: the base; configs are enough (`families.source.resolve(configs_only=True)`).
-        family: of the base.
-        device: to predict for: one of this machine's, or the description of any other.
-        phases: to predict; training alone takes a few seconds for a base of SD's size.
-
-    Raises:
-        BaseModelError: a config is missing or broken.
-        RecipeError: the recipe asks for what the base or the precision cannot do.
-    """
-    return Forecaster()(recipe, source, family, device, phases=phases)
-
-
 class Forecaster:
-    """`forecast` for many recipes: nothing that one rehearsal has shown is rehearsed again for another.
+    """Rehearses runs on shapes; what one rehearsal has shown is not rehearsed again for another recipe.
 
-    Every figure is the one that `forecast` gives. Not for several threads at once.
+    Every figure is that of a new one. Not for several threads at once.
     """
 
     def __init__(self) -> None:
@@ -141,7 +117,19 @@ class Forecaster:
         *,
         phases: Collection[str] = PHASES,
     ) -> Forecast:
-        """As `forecast`."""
+        """Rehearse a run.
+
+        Args:
+            recipe: "auto" in it is resolved for `device`.
+            source: the base; configs are enough (`families.source.resolve(configs_only=True)`).
+            family: of the base.
+            device: to predict for: one of this machine's, or the description of any other.
+            phases: to predict; training alone takes a few seconds for a base of SD's size.
+
+        Raises:
+            BaseModelError: a config is missing or broken.
+            RecipeError: the recipe asks for what the base or the precision cannot do.
+        """
         scene = Scene(prepared(recipe, source, family, device), source, family, device, self._known)
         found = self._found.setdefault((source, device, scene.recipe.model_dump_json()), {})
         missing = [name for name in phases if name not in found]

@@ -26,7 +26,7 @@ class Case:
         budget: that the run may use.
         problems: (recipe without "auto") -> what the device or its packages cannot do of it; nothing is tried
             for a device that is not here.
-        predict: as `planning.forecast.forecast`; it remembers what it has rehearsed for this case.
+        predict: a `planning.forecast.Forecaster`; it remembers what it has rehearsed for this case.
     """
 
     source: Source

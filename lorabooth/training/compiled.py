@@ -217,7 +217,7 @@ class Pace:
             self._attempt()
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, OSError, NotImplementedError) as error:
+        except (RuntimeError, OSError) as error:
             self._blocks.off()
             raise _cannot(error) from error
         self._compile_s = self._clock() - began_s
@@ -296,7 +296,7 @@ def require_compiler(device: torch.device, cache: Path) -> None:
     x = torch.linspace(0, 1, 64, device=device)
     try:
         made = torch.compile(_small)(x)
-    except (RuntimeError, OSError, ImportError, NotImplementedError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
         raise _cannot(error) from error
     if not torch.allclose(made, _small(x), atol=1e-5):
         raise RecipeError("speed.compile: a compiled function computes wrong numbers here.", _FIX)

@@ -24,7 +24,7 @@ from lorabooth.memory import meter_cuda, stream
 from lorabooth.memory.facts import Device
 from lorabooth.memory.meter import Meter, Usage
 from lorabooth.planning import components as things
-from lorabooth.planning.forecast import Forecast, forecast
+from lorabooth.planning.forecast import Forecast, Forecaster
 from lorabooth.progress import Silent
 from lorabooth.recipe import Recipe
 from lorabooth.training import pool as pools
@@ -44,7 +44,7 @@ STEPS = 2
 
 def predicted(recipe: Recipe, device: Device = CPU, **options: Any) -> Forecast:
     base = resolve(recipe.model.base, configs_only=True)
-    return forecast(recipe, base, registry.family(base.family), device, **options)
+    return Forecaster()(recipe, base, registry.family(base.family), device, **options)
 
 
 def measured(recipe: Recipe, work: Path) -> dict[str, Usage]:

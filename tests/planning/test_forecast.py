@@ -20,7 +20,7 @@ from lorabooth.memory.meter import Meter, Usage
 from lorabooth.planning import components as things
 from lorabooth.planning import forecast as forecasts
 from lorabooth.planning import phases
-from lorabooth.planning.forecast import PHASES, Forecast, Forecaster, forecast, prepared
+from lorabooth.planning.forecast import PHASES, Forecast, Forecaster, prepared
 from lorabooth.recipe import Recipe, from_mapping
 from tests.planning.rehearsals import CARD, CPU, measured, measured_before, predicted
 from tests.tiny import make_photos
@@ -138,7 +138,7 @@ def test_nothing_is_rehearsed_twice(recipe_of, monkeypatch: pytest.MonkeyPatch) 
     assert both.phases[0] == first.phases[0]
     told(recipe_of("sd1", "prior.mode=none", "adapter.rank=8"), *place, phases=("training",))
     assert len(asked) == 2
-    assert both.phases == forecast(recipe, *place, phases=("training", "saving")).phases
+    assert both.phases == Forecaster()(recipe, *place, phases=("training", "saving")).phases
 
 
 def test_measuring_checkpoints_draws_as_previews_do(recipe_of) -> None:
@@ -244,7 +244,7 @@ def test_a_missing_config_is_one_message(tiny_sd: Path, photos: Path, tmp_path: 
     base = resolve(str(bare), configs_only=True)
     (bare / "text_encoder" / "config.json").unlink()
     with pytest.raises(BaseModelError, match="text_encoder"):
-        forecast(recipe, base, registry.family(base.family), CARD)
+        Forecaster()(recipe, base, registry.family(base.family), CARD)
 
 
 # --- the published sizes, from configs alone
