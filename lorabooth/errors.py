@@ -82,5 +82,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+    """The first line of an exception's text that says something; without one, the exception's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
+        :300
+    ]

@@ -246,7 +246,7 @@ def _try(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        return first_line(error) or type(error).__name__
+        return first_line(error)
     finally:
         for parameter in trained:
             parameter.grad = None

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorabooth.errors import TrainingError
+from lorabooth.errors import TrainingError, first_line
 from lorabooth.progress import Reporter, Silent
 
 _TOKENS = 64
@@ -207,7 +207,7 @@ def xformers_problem(sizes: Sequence[int], dtype: torch.dtype, device: torch.dev
     except ImportError:
         return "it is not installed (pip install xformers)"
     except (OSError, RuntimeError, AttributeError) as error:  # built for another torch or CUDA
-        return f"it cannot be imported ({_first_line(error)})"
+        return f"it cannot be imported ({first_line(error)})"
 
     def attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
         # xformers wants [B,L,H,D].
@@ -256,7 +256,7 @@ def _prove(attend: Any, head_size: int, dtype: torch.dtype, device: torch.device
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        return f"it does not run ({_first_line(error)})"
+        return f"it does not run ({first_line(error)})"
     reference_inputs = [t.clone().requires_grad_() for t in exact[:3]]
     q, k, v = reference_inputs
     reference = torch.softmax(q @ k.transpose(-1, -2) / head_size**0.5, dim=-1) @ v
@@ -275,8 +275,3 @@ def _prove(attend: Any, head_size: int, dtype: torch.dtype, device: torch.device
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:160]

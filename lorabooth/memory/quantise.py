@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabooth.errors import RecipeError
+from lorabooth.errors import RecipeError, first_line
 from lorabooth.memory.frozen import Format, can_freeze, freeze_in_place
 from lorabooth.memory.host import pinned
 
@@ -128,7 +128,7 @@ def kind_problem(kind: str, device: torch.device | str) -> str:
         raise
     # bitsandbytes without its compiled library, and devices without a dtype, fail in any of these ways.
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        return f"it does not run on {torch.device(device).type} ({_first_line(error)})"
+        return f"it does not run on {torch.device(device).type} ({first_line(error)})"
     error_mean = float((again - weight).abs().mean() / weight.abs().mean())
     return "" if error_mean < 0.2 else f"it is wrong by {error_mean:.0%} on {torch.device(device).type}"
 
@@ -202,10 +202,5 @@ def _bitsandbytes_problem() -> str:
     try:
         import bitsandbytes.functional  # noqa: F401 - registers its kernels as torch.ops
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return f"bitsandbytes cannot be imported ({_first_line(error)}); pip install 'lorabooth[gpu]'"
+        return f"bitsandbytes cannot be imported ({first_line(error)}); pip install 'lorabooth[gpu]'"
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:160]
