@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,29 @@ from lorabooth.training.loop import Session
 from tests.training import runs, sessions
 from tests.training.sessions import Listener, run
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+PROGRAM = (sys.executable, "-m", "lorabooth")
+LAUNCH = (
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    *("-m", "lorabooth"),
+)
+ENDLESS = """
+import sys, time
+from pathlib import Path
+from lorabooth.training import update
+micro_step, begun = update.micro_step, Path(sys.argv.pop(1))
+steps = 0
+def slow(*args, **kwargs):
+    global steps
+    steps += 1
+    if steps == 3:
+        begun.touch()
+        time.sleep(600)
+    return micro_step(*args, **kwargs)
+update.micro_step = slow
+from lorabooth.cli.app import main
+main()
+"""
+"""The real command; its third step takes longer than any test."""
 
 
 @pytest.fixture
@@ -83,20 +106,20 @@ def test_a_second_interrupt_quits_in_the_middle_of_saving_and_tears_nothing(
     assert len(listener.said) == 1
 
 
-def _start(recipe: Recipe, out: Path, *launcher: str) -> subprocess.Popen[str]:
+def _start(recipe: Recipe, out: Path, program: Sequence[str] = PROGRAM) -> subprocess.Popen[str]:
     """`lorabooth train` in processes of its own."""
     file = out.with_suffix(".toml")
     file.write_text(dump(recipe), encoding="utf-8")
     env = {**os.environ, "LORABOOTH_CACHE": str(out.parent / "cache"), "OMP_NUM_THREADS": "1"}
-    if launcher:
+    if program is LAUNCH:
         env["ACCELERATE_USE_CPU"] = "true"
-    command = [*(launcher or (sys.executable,)), "-m", "lorabooth", "train", str(file), "--out", str(out)]
+    command = [*program, "train", str(file), "--out", str(out)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
 
 
-def _wait_for_lines(process: subprocess.Popen[str], out: Path, count: int) -> None:
-    log, deadline = out / "metrics.jsonl", time.monotonic() + 180
-    while not log.exists() or log.read_text("utf-8").count("\n") < count:
+def _wait(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 180
+    while not reached():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "training did not start"
         time.sleep(0.005)
@@ -105,18 +128,12 @@ def _wait_for_lines(process: subprocess.Popen[str], out: Path, count: int) -> No
 def test_a_second_interrupt_quits_a_long_step_at_once(
     tiny_sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps of several seconds: without a second signal the process would be at the first one's."""
+    """A step without an end: only a second signal ends it."""
     monkeypatch.setenv("LORABOOTH_CACHE", str(tmp_path / "cache"))
-    recipe = runs.recipe(
-        tiny_sd, photos, "prior.mode=none", "optim.steps=4", "optim.accumulate=30", "run.checkpoint_every=1"
-    )
-    out = tmp_path / "run"
-    process = _start(recipe, out)
-    _wait_for_lines(process, out, 2)
-    while not (out / "checkpoints" / "step-000002").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-    time.sleep(0.5)  # within the third step
+    recipe = runs.recipe(tiny_sd, photos, "prior.mode=none", "optim.steps=4", "run.checkpoint_every=1")
+    out, begun = tmp_path / "run", tmp_path / "begun"
+    process = _start(recipe, out, (sys.executable, "-c", ENDLESS, str(begun)))
+    _wait(process, begun.exists)
     process.send_signal(signal.SIGINT)
     told = ""
     assert process.stderr is not None
@@ -148,8 +165,9 @@ def test_two_ranks_stop_at_the_same_step_though_one_has_heard(
 ) -> None:
     recipe = runs.recipe(tiny_sd, photos, "prior.mode=none", "optim.steps=60", "run.checkpoint_every=0")
     out = tmp_path / "two"
-    process = _start(recipe, out, *LAUNCH)
-    _wait_for_lines(process, out, 5)
+    process = _start(recipe, out, LAUNCH)
+    log = out / "metrics.jsonl"
+    _wait(process, lambda: log.exists() and log.read_text("utf-8").count("\n") >= 5)
     ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
     ranks["1"].send_signal(signal.SIGTERM)
     told = process.communicate(timeout=120)[1]
@@ -160,7 +178,7 @@ def test_two_ranks_stop_at_the_same_step_though_one_has_heard(
     assert found is not None
     assert found.step == done
     for place in (out, tmp_path / "whole"):
-        again = _start(recipe, place, *LAUNCH)
+        again = _start(recipe, place, LAUNCH)
         told = again.communicate(timeout=300)[1]
         assert again.returncode == 0, told
     adapters = [(place / "adapter.safetensors").read_bytes() for place in (out, tmp_path / "whole")]
