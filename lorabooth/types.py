@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Cond: TypeAlias = "Mapping[str, Tensor]"
 """What a denoiser is told besides the noisy latents: named tensors, of one prompt or collated [B, ...]."""
 
+Interval: TypeAlias = "tuple[float, float]"
+"""Noise levels in (low, high]: sigma, noise over signal, sqrt((1 - alpha_bar) / alpha_bar)."""
+
 
 class Role(StrEnum):
     """What an example is for: to learn the subject, or to keep the class (prior preservation)."""

@@ -10,13 +10,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from lorabooth.errors import LoraboothError, OutOfMemoryError, RecipeError
+from lorabooth.evaluation.guidance import Guidance, GuidedCall
 from lorabooth.progress import Reporter, Silent
+from lorabooth.types import Interval
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -36,6 +39,7 @@ def generate(
     *,
     steps: int,
     guidance: float,
+    guidance_interval: Interval | None = None,
     height_px: int | None = None,
     width_px: int | None = None,
     sampler: Sampler = "dpm++",
@@ -54,6 +58,7 @@ def generate(
         seeds: one per image, 0 <= seed < 2**63.
         steps: sampler steps, >= 1.
         guidance: classifier-free guidance scale; <= 1 is without.
+        guidance_interval: noise levels at which it acts; None is all of them.
         height_px: image height, a multiple of 8; None is what the base was trained at.
         width_px: likewise.
         sampler: "dpm++" is DPM-Solver++ 2M (arXiv 2211.01095) on the checkpoint's own noise schedule;
@@ -84,12 +89,12 @@ def generate(
         restored.enter_context(torch.autocast(pipeline.unet.device.type, enabled=False))
         task = restored.enter_context(reporter.task("Sampling", len(prompts), unit="image"))
         size = max(1, batch_size)
+        options = {"height": height_px, "width": width_px, "num_inference_steps": steps}
+        acts = Guidance(guidance, guidance_interval).steps(pipeline.scheduler, steps)
         while len(images) < len(prompts):
             batch = slice(len(images), len(images) + size)
-            options = {"height": height_px, "width": width_px, "num_inference_steps": steps}
-            made = _batch(
-                pipeline, prompts[batch], seeds[batch], {**options, "guidance_scale": guidance}, encoded
-            )
+            told = partial(_conditioning, pipeline, prompts[batch], encoded, guidance, acts)
+            made = _batch(pipeline, seeds[batch], options, told)
             if made is None:
                 gc.collect()
                 if torch.cuda.is_available():
@@ -138,17 +143,16 @@ def dpm_solver(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def _batch(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
     seeds: Sequence[int],
     options: Mapping[str, Any],
-    encoded: Mapping[str, Tensor] | None,
+    conditioning: Callable[[], Mapping[str, Any]],
 ) -> list[tuple[Image, bool, Tensor]] | None:
     """Images with "all finite" and latents, or None if memory ran out. All that it held is gone on return."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     try:
-        embeddings = _embed(pipeline, prompts, options["guidance_scale"] > 1, encoded)
+        given = {**options, **conditioning()}
         with _without_text_encoder(pipeline):
-            latents = pipeline(**options, **embeddings, generator=generators, output_type="latent").images
+            latents = pipeline(**given, generator=generators, output_type="latent").images
         return [
             (*_decode(pipeline, one), one[0].to("cpu", torch.float32, copy=True)) for one in latents.split(1)
         ]
@@ -158,23 +162,34 @@ def _batch(
         raise LoraboothError(f"Sampling failed: {error}") from error
 
 
+def _conditioning(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    encoded: Mapping[str, Tensor] | None,
+    guidance: float,
+    acts: list[bool],
+) -> dict[str, Any]:
+    """Text embeddings and guidance as the pipeline takes them."""
+    positive, negative = _embed(pipeline, prompts, any(acts), encoded)
+    return GuidedCall(guidance, acts, positive, negative).options()
+
+
 def _embed(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     guided: bool,
     encoded: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    """The text embeddings as the pipeline takes them, in the denoiser's dtype and on its device."""
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings of the prompts, and of what is guided away from, in the denoiser's dtype on its device."""
     unet = pipeline.unet
     if encoded is None:
         positive, negative = pipeline.encode_prompt(list(prompts), unet.device, 1, guided)
     else:
         positive = torch.stack([encoded[prompt] for prompt in prompts])
         negative = torch.stack([encoded[""]] * len(prompts)) if guided else None
-    embeddings = {"prompt_embeds": positive.to(unet.device, unet.dtype)}
-    if guided:
-        embeddings["negative_prompt_embeds"] = negative.to(unet.device, unet.dtype)
-    return embeddings
+    if negative is not None:
+        negative = negative.to(unet.device, unet.dtype)
+    return positive.to(unet.device, unet.dtype), negative
 
 
 def _decode(pipeline: DiffusionPipeline, latent_1Chw: Tensor) -> tuple[Image, bool]:

@@ -52,7 +52,9 @@ class Defaults:
         guidance: of samples.
         class_guidance: of class images. What is sharpened by guidance, learned, and drawn with guidance again
             is sharpened twice; without any, class images are blurred.
-        sampler_steps: per image.
+        class_guidance_interval: noise levels sigma (low, high] at which that acts; empty is all.
+        sampler_steps: per sample.
+        class_sampler_steps: per class image.
     """
 
     resolution_px: int
@@ -62,7 +64,9 @@ class Defaults:
     steps: int
     guidance: float
     class_guidance: float
+    class_guidance_interval: tuple[float, ...]
     sampler_steps: int
+    class_sampler_steps: int
 
 
 @dataclass(frozen=True)

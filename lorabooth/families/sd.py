@@ -244,7 +244,9 @@ POCKET_DEFAULTS = Defaults(
     steps=300,
     guidance=4.0,
     class_guidance=1.5,
+    class_guidance_interval=(),
     sampler_steps=20,
+    class_sampler_steps=20,
 )
 SD1 = StableDiffusion(
     "sd1",
@@ -256,7 +258,9 @@ SD1 = StableDiffusion(
         steps=800,
         guidance=7.5,
         class_guidance=7.5,
+        class_guidance_interval=(0.28, 5.42),  # SD-XL's in arXiv 2404.07724, section 3.1
         sampler_steps=20,  # "15 to 20 steps for guided sampling": arXiv 2211.01095, abstract
+        class_sampler_steps=15,
     ),
 )
 SD2 = StableDiffusion("sd2", replace(SD1.defaults, resolution_px=768))

@@ -20,6 +20,7 @@ from lorabooth.protocol.drawing import Pace, Sampler, Shot
 from lorabooth.protocol.measuring import Side
 from lorabooth.protocol.opened import OpenRun
 from lorabooth.training.class_images import group_of
+from lorabooth.training.resolve import sample_steps
 
 
 class Studio:
@@ -75,10 +76,9 @@ class Studio:
         found = source.resolve(model.base, revision=model.revision, family=model.family, reporter=reporter)
         found = replace(found, sha256=source.weights_digest(found))
         defaults = registry.family(found.family).defaults_for(found)
-        auto_steps, guidance = recipe.prior.sampler_steps, recipe.run.sample_guidance
-        resolution = recipe.images.resolution
+        guidance, resolution = recipe.run.sample_guidance, recipe.images.resolution
         sampler = Sampler(
-            steps=steps or (defaults.sampler_steps if auto_steps == "auto" else auto_steps),
+            steps=steps or sample_steps(recipe, defaults)[0],
             guidance=defaults.guidance if guidance == "auto" else guidance,
             side_px=square_for(defaults.resolution_px if resolution == "auto" else resolution, 8)[0],
             batch_size=group_of(recipe, device.type),

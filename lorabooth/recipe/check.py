@@ -139,7 +139,8 @@ def _allowed(annotation: Any, metadata: Sequence[Any]) -> str:
     if annotation is str:
         return "a text in quotes"
     if get_origin(annotation) is tuple:
-        return 'a list of texts: ["...", "..."]'
+        item = get_args(annotation)[0]
+        return 'a list of texts: ["...", "..."]' if item is str else f"a list, each {_allowed(item, ())}"
     return " or ".join(_allowed(option, ()) for option in get_args(annotation))
 
 

@@ -42,6 +42,7 @@ CHANGEABLE = frozenset(
         "run.sample_prompts",
         "run.sample_every",
         "run.sample_count",
+        "run.sample_steps",
         "run.sample_guidance",
         "run.checkpoint_every",
         "run.keep",

@@ -141,6 +141,11 @@ def _prior_rules(recipe: Recipe) -> Iterator[Problem]:
     if prior.pool and prior.mode != "distill":
         text = f'is only used with prior.mode = "distill", but that is "{prior.mode}"; change one of the two'
         yield Problem(("prior", "pool"), text, (mode_key,))
+    if prior.guidance_interval != "auto":
+        ends = list(prior.guidance_interval)
+        if ends and (len(ends) != 2 or ends[0] >= ends[1]):
+            text = f"{value_text(ends)} is no interval; write [low, high] with low below high, or [] for all"
+            yield Problem(("prior", "guidance_interval"), text)
     if prior.prompt != "auto":
         if "{token}" in prior.prompt:
             text = "the class prompt is without {token}: it stands for the class, not for the subject"

@@ -77,6 +77,10 @@ class PriorSection(Section):
     """Sampler steps per class image."""
     guidance: Auto | Annotated[float, Field(ge=0, le=50)] = "auto"
     """Guidance of class images."""
+    guidance_interval: (
+        Auto | Annotated[tuple[Annotated[float, Field(ge=0, le=1000)], ...], Field(strict=False)]
+    ) = "auto"
+    """Noise levels [low, high] at which it acts: cheaper, more variety (arXiv 2404.07724); []: all."""
     every: Annotated[int, Field(ge=1, le=20)] = 1
     """Class examples are in every so many steps only, at so many times their weight: less time, same sum."""
     pool: Annotated[int, Field(ge=0, le=100_000)] = 0
@@ -228,6 +232,8 @@ class RunSection(Section):
     """May hold "{token}" and "{noun}"; empty: the subject's prompt and its class prompt."""
     sample_count: Annotated[int, Field(ge=0, le=64)] = 4
     """Images per sample prompt, each with its own seed; 0: no samples at all, not even at the end."""
+    sample_steps: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    """Sampler steps of samples, and of the images that a checkpoint is chosen by."""
     sample_guidance: Auto | Annotated[float, Field(ge=0, le=50)] = "auto"
     """Guidance of samples, and of the images that a checkpoint is chosen by."""
     select: Literal["last", "balanced", "subject", "prompt"] = "last"

@@ -21,7 +21,7 @@ from lorabooth.training.compiled import Blocks, Pace, TimingFile, compile_cache
 from lorabooth.training.prior import Drawn, SamplerFacts, ensure_class_images
 from lorabooth.training.setting import Setting
 from lorabooth.training.studio import Studio
-from lorabooth.types import Geometry, Moments, Record
+from lorabooth.types import Geometry, Interval, Moments, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,9 @@ GROUP = 8
 """Class images drawn at once on an accelerator. Where memory forces fewer, their last bits may differ."""
 GROUP_ON_CPU = 4
 """Likewise on a CPU: a quarter to a third faster than one by one on the pocket base, and no slower than 8."""
+
+_STEPS_OF_BOTH_KINDS = 3
+"""A sampler's: in the middle one guidance acts, and the denoiser sees twice the batch."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,16 @@ def group_of(recipe: Recipe, device_kind: str) -> int:
     return GROUP_ON_CPU if device_kind == "cpu" else GROUP
 
 
+def _interval_of(recipe: Recipe) -> Interval | None:
+    """The noise levels at which guidance acts in class images; None is all.
+
+    Args:
+        recipe: resolved.
+    """
+    ends = recipe.prior.guidance_interval
+    return (float(ends[0]), float(ends[1])) if ends else None
+
+
 def _own_images(setting: Setting, reporter: Reporter) -> ClassExamples:
     # Decoded and found good already, with the photos, before the base was loaded.
     scan = subjects.own_class_images(Path(setting.recipe.prior.images), setting.subjects)
@@ -94,6 +107,7 @@ def _sampler_of(setting: Setting) -> SamplerFacts:
         name="dpm++, decoded in tiles" if recipe.memory.vae_tiling else "dpm++",
         steps=int(recipe.prior.sampler_steps),
         guidance=float(recipe.prior.guidance),
+        guidance_interval=_interval_of(recipe),
         height_px=height_px,
         width_px=width_px,
         dtype=recipe.model.dtype,
@@ -185,6 +199,7 @@ class _Artist:
             seeds,
             steps=steps,
             guidance=self.sampler.guidance,
+            guidance_interval=self.sampler.guidance_interval,
             height_px=self.sampler.height_px,
             width_px=self.sampler.width_px,
             batch_size=min(len(prompts), self._most or len(prompts)),
@@ -233,7 +248,7 @@ class _Compiling:
             self.pace = Pace(
                 mode,
                 self.blocks,
-                lambda: draw(1),
+                lambda: draw(_STEPS_OF_BOTH_KINDS),
                 memory=TimingFile.of(compile_cache(), facts),
                 reporter=self._reporter,
                 unit="group",

@@ -62,7 +62,7 @@ def easel_of(
         family=setting.family,
         complete=setting.with_vae,
         studio=studio,
-        steps=int(recipe.prior.sampler_steps),
+        steps=int(recipe.run.sample_steps),
         guidance=float(recipe.run.sample_guidance),
         side_px=data_images.square_for(int(recipe.images.resolution), multiple_px)[0],
         encoded=encoded,

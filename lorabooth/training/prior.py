@@ -23,6 +23,7 @@ from lorabooth.errors import BaseModelError, LoraboothError, RecipeError, Traini
 from lorabooth.progress import Reporter, Silent
 from lorabooth.prompts import slug
 from lorabooth.rng import seed_for
+from lorabooth.types import Interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,6 +64,7 @@ class SamplerFacts:
         name: the sampler, e.g. "dpm++".
         steps: sampler steps.
         guidance: classifier-free guidance scale.
+        guidance_interval: noise levels at which it acts; None is all.
         height_px: image height.
         width_px: image width.
         dtype: precision of the frozen weights, e.g. "fp32".
@@ -76,6 +78,7 @@ class SamplerFacts:
     width_px: int
     dtype: str = "fp32"
     group: int = 1
+    guidance_interval: Interval | None = None
 
 
 @dataclass(frozen=True, slots=True)

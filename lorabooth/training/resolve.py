@@ -10,7 +10,7 @@ from lorabooth.families.base import Defaults, Source
 from lorabooth.memory.facts import Device
 from lorabooth.memory.quantise import KINDS
 from lorabooth.prompts import class_prompt
-from lorabooth.recipe import AdapterSection, OptimSection, PriorSection, Recipe, SubjectSection
+from lorabooth.recipe import AdapterSection, OptimSection, PriorSection, Recipe, RunSection, SubjectSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +110,29 @@ def resolve(
         "optim": optim,
         "images": recipe.images.model_copy(update={"resolution": resolution}),
         "memory": memory,
-        "run": recipe.run.model_copy(
-            update={
-                "sample_guidance": pick(
-                    "run.sample_guidance", recipe.run.sample_guidance, defaults.guidance, by_family
-                )
-            }
-        ),
+        "run": _run(recipe, defaults, by_family, pick),
     }
     return Resolved(recipe.model_copy(update=update), tuple(pick.choices))
+
+
+def sample_steps(recipe: Recipe, defaults: Defaults) -> tuple[int, str]:
+    """Sampler steps of samples and evaluations, and why: a number given for class images is theirs too."""
+    given, of_class_images = recipe.run.sample_steps, recipe.prior.sampler_steps
+    if given != "auto":
+        return given, "given"
+    if of_class_images != "auto":
+        return of_class_images, "same as prior.sampler_steps"
+    return defaults.sampler_steps, "enough for DPM-Solver++"
+
+
+def _run(recipe: Recipe, defaults: Defaults, by_family: str, pick: _Picker) -> RunSection:
+    given = recipe.run
+    steps, why = sample_steps(recipe, defaults)
+    update = {
+        "sample_steps": pick("run.sample_steps", given.sample_steps, steps, why),
+        "sample_guidance": pick("run.sample_guidance", given.sample_guidance, defaults.guidance, by_family),
+    }
+    return given.model_copy(update=update)
 
 
 def _training(
@@ -152,7 +166,13 @@ def _prior(
     prompts = list(dict.fromkeys(class_prompt(subject.template, subject.noun) for subject in subjects))
     update = {
         "sampler_steps": pick(
-            "prior.sampler_steps", given.sampler_steps, defaults.sampler_steps, "enough for DPM-Solver++"
+            "prior.sampler_steps",
+            given.sampler_steps,
+            defaults.class_sampler_steps,
+            "enough for DPM-Solver++",
+        ),
+        "guidance_interval": pick(
+            "prior.guidance_interval", given.guidance_interval, defaults.class_guidance_interval, by_family
         ),
         "guidance": pick("prior.guidance", given.guidance, defaults.class_guidance, by_family),
     }

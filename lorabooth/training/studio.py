@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from lorabooth.progress import Reporter
     from lorabooth.recipe import Recipe
+    from lorabooth.types import Interval
 
 
 class GenerateImages(Protocol):
@@ -28,6 +29,7 @@ class GenerateImages(Protocol):
         *,
         steps: int,
         guidance: float,
+        guidance_interval: Interval | None = None,
         height_px: int | None = None,
         width_px: int | None = None,
         batch_size: int = 1,

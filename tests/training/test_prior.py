@@ -114,6 +114,7 @@ def test_another_subject_of_the_class_reuses_them(tmp_path: Path) -> None:
         {"sampler": replace(SAMPLER, name="checkpoint")},
         {"sampler": replace(SAMPLER, dtype="bf16")},
         {"sampler": replace(SAMPLER, group=2)},
+        {"sampler": replace(SAMPLER, guidance_interval=(0.3, 5.0))},
     ],
 )
 def test_whatever_decides_pixels_is_part_of_the_key(tmp_path: Path, other) -> None:

@@ -19,7 +19,9 @@ DEFAULTS = Defaults(
     steps=800,
     guidance=7.5,
     class_guidance=5.0,
+    class_guidance_interval=(0.3, 5.5),
     sampler_steps=25,
+    class_sampler_steps=15,
 )
 DEVICES = {
     "cpu": Device("cpu", "a processor", 2**34, 2**34, "", False),
@@ -79,6 +81,23 @@ def test_class_images_and_samples_have_a_guidance_of_their_own() -> None:
     assert (recipe.prior.guidance, recipe.run.sample_guidance) == (5.0, 7.5)
     recipe = _resolve(_recipe("prior.guidance=2", "run.sample_guidance=3")).recipe
     assert (recipe.prior.guidance, recipe.run.sample_guidance) == (2.0, 3.0)
+
+
+def test_class_images_and_samples_have_steps_of_their_own() -> None:
+    def steps(*overrides: str) -> tuple[object, object]:
+        recipe = _resolve(_recipe(*overrides)).recipe
+        return recipe.prior.sampler_steps, recipe.run.sample_steps
+
+    assert steps() == (15, 25)
+    assert steps("prior.sampler_steps=4") == (4, 4)
+    assert steps("run.sample_steps=9") == (15, 9)
+    assert steps("prior.sampler_steps=4", "run.sample_steps=9") == (4, 9)
+
+
+def test_where_class_images_are_guided_is_the_familys_or_the_users() -> None:
+    assert _resolve(_recipe()).recipe.prior.guidance_interval == (0.3, 5.5)
+    assert _resolve(_recipe("prior.guidance_interval=[]")).recipe.prior.guidance_interval == ()
+    assert _resolve(_recipe("prior.guidance_interval=[1, 2]")).recipe.prior.guidance_interval == (1.0, 2.0)
 
 
 def test_what_the_user_wrote_stays() -> None:
