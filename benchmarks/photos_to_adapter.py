@@ -3,11 +3,11 @@
     python benchmarks/photos_to_adapter.py --peer-script PATH --class-images 200 --steps 500
 
 Each side runs once in a process of its own, with nothing cached, at its own defaults for class images: the
-peer draws batches of 4 with the checkpoint's sampler in 50 steps, lorabooth with DPM-Solver++ in 20. Training
-has equal steps, batch 1 + 1 with prior preservation, rank 4, AdamW, fp32 on a CPU and bf16 on a GPU. With
---rounds they alternate. Every phase is listed. Where fewer images or steps are run than --of-class-images
-and --of-steps, "extrapolated" says what the measured times an image and a step would make of those: it is
-arithmetic, kept apart from what was measured.
+peer draws batches of 4 with the checkpoint's sampler in 50 steps, lorabooth as its family's defaults say
+(how good those images are: class_images.py). Training has equal steps, batch 1 + 1 with prior preservation,
+rank 4, AdamW, fp32 on a CPU and bf16 on a GPU. With --rounds they alternate. Every phase is listed. Where
+fewer images or steps are run than --of-class-images and --of-steps, "extrapolated" says what the measured
+times an image and a step would make of those: it is arithmetic, kept apart from what was measured.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ sys.path.insert(0, str(HERE.parent))
 from benchmarks.facts import machine_facts  # noqa: E402
 from benchmarks.model_folder import make_photos, make_published_folder, make_sd_folder  # noqa: E402
 from benchmarks.training_recipe import write_recipe  # noqa: E402
+from lorabooth.families.sd import SD1  # noqa: E402
 
 
 def ours(work: Path, round_: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def main() -> None:
         "steps": args.steps,
         "rounds": args.rounds,
         "class_images_of": {
-            "ours": "DPM-Solver++, 20 steps, guidance 7.5",
+            "ours": _our_sampler(),
             "peer": "the checkpoint's sampler (PNDM), 50 steps, guidance 7.5",
         },
         "ours": _median(mine),
@@ -168,6 +169,13 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
+
+
+def _our_sampler() -> str:
+    defaults = SD1.defaults
+    how = f"DPM-Solver++, {defaults.class_sampler_steps} steps, guidance {defaults.class_guidance:g}"
+    low, high = defaults.class_guidance_interval
+    return f"{how} at noise levels of {low:g} to {high:g}"
 
 
 def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
