@@ -60,7 +60,7 @@ class Configuration:
     settings: Mapping[str, Any] = field(default_factory=dict)
     photos: int = 5
     noun: str = "right"
-    specimens: int = 8
+    specimens: int = 10
     at: tuple[int, ...] = ()
 
 
@@ -73,7 +73,7 @@ MODES = (
 _FEW = 2
 SWEEPS = (
     *(Configuration(f"photos {n}", photos=n, specimens=_FEW) for n in (1, 2, 3, 4)),
-    *(Configuration(f"noun {n}", {"prior.mode": "none"}, noun=n, specimens=_FEW) for n in ("none", "wrong")),
+    *(Configuration(f"noun {n}", {"prior.mode": "none"}, noun=n, specimens=4) for n in ("none", "wrong")),
     *(Configuration(f"rank {n}", {"adapter.rank": n}, specimens=_FEW) for n in (1, 4, 64)),
     *(Configuration(f"weight {n:g}", {"prior.weight": n}, specimens=_FEW) for n in (0.5, 2.0)),
     Configuration("text encoder", {"adapter.text_encoder": "true"}, specimens=_FEW),
