@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from lorabooth.errors import RecipeError
 from lorabooth.memory import checkpoint
@@ -144,6 +146,7 @@ def test_blocks_that_are_recomputed_stay_so(unet: Any, tmp_path: Path) -> None:
         ("memory.checkpointing=true",),
         ("prior.mode=distill",),
         ("images.buckets=true", "adapter.text_encoder=true"),
+        ("run.validation_every=2",),
     ],
 )
 def test_a_compiled_run_is_the_same_run(
@@ -155,7 +158,8 @@ def test_a_compiled_run_is_the_same_run(
     plain = runs.train(tiny_sd, photos, tmp_path / "plain", *overrides)
     result = runs.train(tiny_sd, photos, tmp_path / "on", "speed.compile=on", *overrides)
     for ours, theirs in zip(runs.metrics(result.out), runs.metrics(plain.out), strict=True):
-        for key in ("loss", "grad_norm"):
+        assert ours.keys() == theirs.keys()
+        for key in ("loss", "grad_norm", *(name for name in ours if name.startswith("val_loss"))):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
     first, expected = runs.metrics(result.out)[0], runs.metrics(plain.out)[0]
     assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
@@ -164,6 +168,27 @@ def test_a_compiled_run_is_the_same_run(
     assert facts["compile_s"] > 0
     counted = torch._dynamo.utils.counters["frames"]
     assert counted["ok"] == counted["total"] > 0
+
+
+@pytest.mark.slow
+def test_compiled_class_images_are_the_same_images(
+    tiny_sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without guidance the denoiser sees two sizes of batch; both are compiled."""
+    few = ("prior.count=8", "prior.sampler_steps=4", "memory.images_at_once=4", "optim.steps=1")
+    pixels, facts = {}, {}
+    for mode in ("off", "on"):
+        torch._dynamo.reset()
+        monkeypatch.setenv("LORABOOTH_CACHE", str(tmp_path / f"cache-{mode}"))
+        result = runs.train(tiny_sd, photos, tmp_path / mode, *few, f"speed.compile={mode}")
+        facts[mode] = json.loads((result.out / "run.json").read_text())["class_images"]
+        files = sorted((tmp_path / f"cache-{mode}").rglob("0*.png"))
+        pixels[mode] = np.stack([np.asarray(Image.open(file)).astype(int) for file in files])
+    assert facts["on"]["speed"]["compile"] == "on"
+    assert facts["on"]["drawn"] == 8
+    assert "speed" not in facts["off"]
+    assert np.abs(pixels["on"] - pixels["off"]).max() <= 2
+    assert np.abs(np.diff(pixels["on"], axis=0)).max() > 20
 
 
 @pytest.mark.slow
