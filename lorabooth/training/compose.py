@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -173,19 +174,7 @@ def compose(
         no_tuples if pool is None else pool.tuples,
     )
 
-    def attempt() -> torch.Tensor:
-        batch = batches(0)[0][0]
-        eps, level = noise_of(parts_of_step.path, batch, recipe.run.seed, 0, device=device)
-        return micro_step(
-            parts_of_step,
-            to_device(batch, device),
-            eps,
-            level,
-            class_rows=class_rows(batch),
-            n_instance=n_step,
-            n_class=n_class,
-        ).total
-
+    attempt = partial(_trial, parts_of_step, batches, recipe.run.seed, device, n_step, n_class)
     wanted = apply.precision(recipe.memory, device)
     precision = apply.probe(
         attempt,
@@ -215,6 +204,23 @@ def compose(
         prior_every=recipe.prior.every,
     )
     return furnish(session, setting, attempt, reporter)
+
+
+def _trial(
+    parts: StepParts, batches: Draws, seed: int, device: torch.device, n_instance: int, n_class: int
+) -> torch.Tensor:
+    """The loss of the first micro-batch."""
+    batch = batches(0)[0][0]
+    eps, level = noise_of(parts.path, batch, seed, 0, device=device)
+    return micro_step(
+        parts,
+        to_device(batch, device),
+        eps,
+        level,
+        class_rows=class_rows(batch),
+        n_instance=n_instance,
+        n_class=n_class,
+    ).total
 
 
 def step_parts(setting: Setting, device: torch.device) -> StepParts:
