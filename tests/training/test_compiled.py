@@ -211,6 +211,7 @@ def test_a_run_goes_on_compiled(
 
 @pytest.mark.slow
 def test_a_compiler_is_proven(tmp_path: Path) -> None:
+    torch._dynamo.reset()
     before = torch._dynamo.utils.counters["frames"]["ok"]
     compiled.require_compiler(torch.device("cpu"), tmp_path)
     assert torch._dynamo.utils.counters["frames"]["ok"] > before
