@@ -72,6 +72,12 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert set(found.stdout.splitlines()[-1].split()) - {"HEAVY"} <= allowed
 
 
+def test_commands_on_files_copy_while_torch_is_loaded_and_do_not_wait_for_it() -> None:
+    code = "import sys, lorabooth.exchange, lorabooth.cli.merge; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+
+
 def test_importing_the_package_is_cheap_and_its_names_are_there() -> None:
     code = "import sys, lorabooth; print('torch' in sys.modules); print(*lorabooth.__all__)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorabooth.checkpoints.rewrite import ChunkFunction
 from lorabooth.checkpoints.tensors import torch_dtype
+from lorabooth.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +95,9 @@ def chunk_function(
         columns: numbers a row of the stored weight, its kernel flattened.
         transposed: the weight is stored as its transpose.
         change: is told what was changed.
+
+    Raises:
+        AdapterError: a factor holds NaN or infinity, or cannot be read any more.
     """
     import torch
 
@@ -130,9 +134,20 @@ def _stacked(
     """All contributions as one pair up [rows,R], down [R,columns] for the stored weight, scales in `up`."""
     import torch
 
-    up = torch.cat([one.up.read().to(dtype).flatten(1) * one.scale for one in contributions], dim=1)
-    down = torch.cat([one.down.read().to(dtype).flatten(1) for one in contributions])
+    up = torch.cat([_read(one.up, dtype) * one.scale for one in contributions], dim=1)
+    down = torch.cat([_read(one.down, dtype) for one in contributions])
     return (down.T.contiguous(), up.T.contiguous()) if transposed else (up, down)
+
+
+def _read(factor: StoredFactor, dtype: torch.dtype) -> Tensor:
+    """A factor as a matrix."""
+    found = factor.read().to(dtype).flatten(1)
+    if not math.isfinite(_square_sum(found)) and not bool(found.isfinite().all()):
+        raise AdapterError(
+            f"{factor.path.name}: {factor.key} holds NaN or infinity.",
+            "Such an adapter gives black images; use an earlier checkpoint.",
+        )
+    return found
 
 
 def _square_sum(values: Tensor) -> float:

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from lorabooth import durable
 from lorabooth.adapters import merge_match, names
-from lorabooth.adapters.bits import scan
 from lorabooth.adapters.cores import one_thread_each
 from lorabooth.adapters.delta import Change, Contribution, chunk_function
 from lorabooth.adapters.merge_match import FAMILY_HINT, Merging, Wanted
 from lorabooth.adapters.merge_report import MergedModule, MergeReport
-from lorabooth.adapters.stored import StoredAdapter, open_adapter
+from lorabooth.adapters.stored import open_adapter
 from lorabooth.checkpoints import copying, inventory
 from lorabooth.checkpoints.header import Entry
 from lorabooth.checkpoints.inventory import Base, Slot
@@ -80,7 +79,6 @@ def merge(
     copied = copying.plan_copy(opened, {names.split_module(module)[0] for module in wanted})
     durable.require_space(out.parent, copied.n_bytes)
     with durable.user_errors(out), one_thread_each() as ready:
-        _require_finite(stored, say)
         out.parent.mkdir(parents=True, exist_ok=True)
         measured, waited_s = _write(opened, wanted, copied, out, say, ready)
     return MergeReport(
@@ -96,21 +94,6 @@ def merge(
         left_out=copied.left_out,
         notes=tuple(f"{one.path.name}: {note}" for one in stored for note in one.notes),
     )
-
-
-def _require_finite(stored: Sequence[StoredAdapter], reporter: Reporter) -> None:
-    """Read every factor once, before anything is written."""
-    total = sum(len(adapter.modules) for adapter in stored)
-    with reporter.task("Checking adapters", total, "module") as task:
-        for adapter in stored:
-            for module, found in adapter.modules.items():
-                for kind, factor in (("lora_A", found.down), ("lora_B", found.up)):
-                    if not scan(factor.path, factor.data_start, factor.entry)[0]:
-                        raise AdapterError(
-                            f"{adapter.path.name}: {module}.{kind} holds NaN or infinity.",
-                            "Such an adapter gives black images; use an earlier checkpoint.",
-                        )
-                task.advance()
 
 
 def _write(

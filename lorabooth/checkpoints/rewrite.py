@@ -72,9 +72,10 @@ def rewrite(
         cloned = _clone(inward, out)
         if not cloned:
             _reserve(out, size)
-        # Copying first: what computes may still have a library to load.
         copies = [] if cloned else [_copy_job(inward, out, *part) for part in _between(spans, size)]
-        jobs = [*copies, *(_span_job(inward, out, span) for span in sorted(spans, key=lambda one: one.begin))]
+        computed = [_span_job(inward, out, span) for span in sorted(spans, key=lambda one: one.begin)]
+        # The first that computes has a library to load: the others copy meanwhile.
+        jobs = [*computed[:1], *copies, *computed[1:]]
         with writeback(out.descriptor) as send:
             for job in _run(jobs, workers or min(4, os.cpu_count() or 1)):
                 send(job.begin, job.n_bytes)

@@ -12,7 +12,6 @@ from lorabooth.families import single_file
 from lorabooth.families.base import Parts, Source
 from lorabooth.families.folder import component_config, component_weights
 from lorabooth.families.quiet import quiet_libraries
-from lorabooth.memory.apply import cast_base
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +69,8 @@ def skeleton_parts(source: Source, family: str, dtype: torch.dtype) -> Parts:
     with quiet_libraries(), _broken_parts(source):
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
+
+        from lorabooth.memory.apply import cast_base  # with torch, which commands on files do not wait for
 
         unet: Any = UNet2DConditionModel.from_config(config_of(source, family, "unet"))
         vae: Any = AutoencoderKL.from_config(config_of(source, family, "vae"))

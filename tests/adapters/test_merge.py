@@ -316,7 +316,8 @@ def test_numbers_that_are_none(base, trained, tmp_path, bad):
     key = next(key for key in held if key.endswith("lora_up.weight"))
     held[key].view(-1)[3] = bad
     save_file(held, tmp_path / "bad.safetensors")
-    refused(AdapterError, "NaN or infinity", base.folder, [tmp_path / "bad.safetensors"], tmp_path / "out")
+    told = f"bad.safetensors: {key} holds NaN or infinity"
+    refused(AdapterError, told, base.folder, [tmp_path / "bad.safetensors"], tmp_path / "out")
     checkpoint = single(base, tmp_path / "checkpoint.safetensors")
     weights = load_file(checkpoint)
     weights["model.diffusion_model.middle_block.1.proj_in.weight"].view(-1)[0] = bad
