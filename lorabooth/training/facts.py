@@ -97,7 +97,8 @@ class Ledger:
                 value = value[int(part)] if part.isdecimal() else getattr(value, part)
             except (AttributeError, IndexError, TypeError):
                 return False
-        return bool(value == choice.get("value"))
+        # What was read from JSON has lists where a recipe has tuples.
+        return bool((list(value) if isinstance(value, tuple) else value) == choice.get("value"))
 
     def _timings_s(self) -> dict[str, float]:
         """Of all processes that worked on the run."""

@@ -101,7 +101,7 @@ class Plan:
 
 def choices_text(choices: Sequence[Choice]) -> str:
     """One aligned line per choice: key, value, reason."""
-    return _table([(choice.key, str(choice.value), choice.reason) for choice in choices])
+    return _table([(choice.key, choice.text, choice.reason) for choice in choices])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -27,6 +27,11 @@ class Choice:
     value: Any
     reason: str
 
+    @property
+    def text(self) -> str:
+        """The value, a list as TOML writes it."""
+        return str(list(self.value) if isinstance(self.value, tuple) else self.value)
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
