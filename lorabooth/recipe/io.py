@@ -284,7 +284,7 @@ def _item(value: object) -> Item:
     if isinstance(value, tuple):
         array = tomlkit.array()
         array.extend(value)
-        return array.multiline(len(value) > 1)
+        return array.multiline(len(value) > 1 and any(isinstance(one, str) for one in value))
     return tomlkit.item(value)
 
 

@@ -267,3 +267,9 @@ def test_differences_in_the_number_of_subjects(recipe: Recipe) -> None:
 def test_changeable_keys_exist() -> None:
     known = {f"{name}.{field}" for name, kind in sections().items() for field in kind.model_fields}
     assert known >= CHANGEABLE
+
+
+def test_numbers_of_a_list_stand_on_one_line() -> None:
+    recipe = loads(f"[prior]\nguidance_interval = [0.28, 5.42]\n{SUBJECT}", "recipe.toml")
+    assert "guidance_interval = [0.28, 5.42]\n" in dump(recipe)
+    assert loads(dump(recipe), "recipe.toml") == recipe
