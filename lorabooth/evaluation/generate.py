@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lorabooth.errors import LoraboothError, OutOfMemoryError, RecipeError
-from lorabooth.evaluation.guidance import Guidance, GuidedCall
+from lorabooth.evaluation.guidance import GuidedCall, guided_steps
 from lorabooth.progress import Reporter, Silent
 from lorabooth.types import Interval
 
@@ -90,7 +90,7 @@ def generate(
         task = restored.enter_context(reporter.task("Sampling", len(prompts), unit="image"))
         size = max(1, batch_size)
         options = {"height": height_px, "width": width_px, "num_inference_steps": steps}
-        acts = Guidance(guidance, guidance_interval).steps(pipeline.scheduler, steps)
+        acts = guided_steps(pipeline.scheduler, steps, guidance, guidance_interval)
         while len(images) < len(prompts):
             batch = slice(len(images), len(images) + size)
             told = partial(_conditioning, pipeline, prompts[batch], encoded, guidance, acts)

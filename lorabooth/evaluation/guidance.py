@@ -8,7 +8,6 @@ it in the middle alone, for fewer passes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,29 +34,21 @@ def noise_levels(scheduler: SchedulerMixin, steps: int) -> list[float]:
     return [math.sqrt((1 - share) / share) if share > 0 else math.inf for share in kept]
 
 
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """How strong guidance is, and where it acts.
+def guided_steps(
+    scheduler: SchedulerMixin, steps: int, scale: float, interval: Interval | None = None
+) -> list[bool]:
+    """Whether guidance acts, step by step of a sampler.
 
-    Attributes:
-        scale: <= 1 is without.
+    Args:
+        scheduler: with the noise schedule of the base; its timesteps are set where an interval is given.
+        steps: sampler steps.
+        scale: of guidance; <= 1 is without.
         interval: the noise levels at which it acts; None is all of them.
     """
-
-    scale: float
-    interval: Interval | None = None
-
-    def steps(self, scheduler: SchedulerMixin, count: int) -> list[bool]:
-        """Whether it acts, step by step of a sampler.
-
-        Args:
-            scheduler: with the noise schedule of the base; its timesteps are set where an interval is given.
-            count: sampler steps.
-        """
-        if self.interval is None or self.scale <= 1:
-            return [self.scale > 1] * count
-        low, high = self.interval
-        return [low < sigma <= high for sigma in noise_levels(scheduler, count)]
+    if interval is None or scale <= 1:
+        return [scale > 1] * steps
+    low, high = interval
+    return [low < sigma <= high for sigma in noise_levels(scheduler, steps)]
 
 
 class GuidedCall:

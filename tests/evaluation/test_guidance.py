@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from lorabooth.evaluation.generate import dpm_solver, generate
-from lorabooth.evaluation.guidance import Guidance, noise_levels
+from lorabooth.evaluation.guidance import guided_steps, noise_levels
 from lorabooth.families.sd import SD1
 
 PROMPTS = ("a photo of a dog", "a painting of a red mug in the snow")
@@ -77,15 +77,14 @@ def test_where_no_signal_is_left_the_level_is_infinite_and_guidance_is_off() -> 
     scheduler = DDIMScheduler(**SD_SCHEDULE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     scheduler.alphas_cumprod[-1] = 0.0
     assert noise_levels(scheduler, 4)[0] == math.inf
-    assert Guidance(5.0, (0.0, 1000.0)).steps(scheduler, 4) == [False, True, True, True]
+    assert guided_steps(scheduler, 4, 5.0, (0.0, 1000.0)) == [False, True, True, True]
 
 
 def test_class_images_of_stable_diffusion_take_a_quarter_of_the_passes_of_the_usual_fifty_steps() -> None:
     defaults = SD1.defaults
     low, high = defaults.class_guidance_interval
-    guidance = Guidance(defaults.class_guidance, (low, high))
     scheduler = dpm_solver(PNDMScheduler(**SD_SCHEDULE, steps_offset=1))
-    acts = guidance.steps(scheduler, defaults.class_sampler_steps)
+    acts = guided_steps(scheduler, defaults.class_sampler_steps, defaults.class_guidance, (low, high))
     assert (len(acts), sum(acts)) == (15, 11)
     assert not acts[0]
     assert not acts[-1]
@@ -110,7 +109,7 @@ def test_everywhere_and_nowhere_are_guidance_and_none(pipeline: StableDiffusionP
 
 
 def test_only_guided_steps_take_twice_the_rows(pipeline: StableDiffusionPipeline) -> None:
-    acts = Guidance(SCALE, (0.28, 5.42)).steps(dpm_solver(pipeline.scheduler), STEPS)
+    acts = guided_steps(dpm_solver(pipeline.scheduler), STEPS, SCALE, (0.28, 5.42))
     assert 0 < sum(acts) < STEPS
     assert rows_seen(pipeline, guidance_interval=(0.28, 5.42)) == [4 if on else 2 for on in acts]
     assert rows_seen(pipeline) == [4] * STEPS
