@@ -107,14 +107,13 @@ def chunk_function(
     added = float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0))  # ||up down||^2, by Gram matrices
     change.add(change=added)
     largest, row_bytes = torch.finfo(held_in).max, columns * held_in.itemsize
-    space: list[Tensor] = []  # reused: fresh memory would cost more than the arithmetic
+    n_chunks = 0
 
     def add(chunk: memoryview, offset: int) -> None:
+        nonlocal n_chunks
         raw = torch.frombuffer(chunk, dtype=held_in).view(-1, columns)
-        n_rows, begin = raw.shape[0], offset // row_bytes
-        if not space:
-            space.append(torch.empty(raw.shape, dtype=computed_in))
-        merged = space[0][:n_rows].copy_(raw)
+        n_rows, begin, n_chunks = raw.shape[0], offset // row_bytes, n_chunks + 1
+        merged = _space(raw.numel(), computed_in).view_as(raw).copy_(raw)
         squares = _square_sum(merged)
         merged.addmm_(up[begin : begin + n_rows], down)
         # No number is larger than the norm of all, so that most chunks need no closer look.
@@ -122,10 +121,23 @@ def chunk_function(
         overflows = unsure and bool((merged.abs() > largest).any())
         raw.copy_(merged)
         change.add(weight=squares, n_all=raw.numel(), overflows=overflows)
-        if held_in != computed_in and (begin // space[0].shape[0]) % 4 == 0:
+        if held_in != computed_in and n_chunks % 4 == 1:
             change.add_lost(_square_sum(merged.sub_(raw)), raw.numel())
 
     return add
+
+
+_spaces = threading.local()
+
+
+def _space(count: int, dtype: torch.dtype) -> Tensor:
+    """Numbers to compute with, a thread's own, always the same: fresh memory costs more than the sums."""
+    import torch
+
+    found: Tensor | None = getattr(_spaces, "numbers", None)
+    if found is None or found.numel() < count or found.dtype != dtype:
+        found = _spaces.numbers = torch.empty(count, dtype=dtype)
+    return found[:count]
 
 
 def _stacked(
