@@ -113,18 +113,36 @@ def skeleton(scene: Scene) -> Parts:
     return parts
 
 
-def hold(meter: Meter, parts: Parts, *, but: Iterable[Tensor] = ()) -> None:
-    """Count all that the parts hold, each component under its name, but for some tensors."""
+def hold(
+    meter: Meter,
+    parts: Parts,
+    components: Iterable[str] = (VAE, TEXT_ENCODER, DENOISER),
+    *,
+    but: Iterable[Tensor] = (),
+) -> None:
+    """Count all that these components hold, each under its name, but for some tensors."""
     left_out = {id(tensor) for tensor in but}
-    modules: dict[str, list[nn.Module | None]] = {
-        VAE: [parts.vae],
-        TEXT_ENCODER: [*parts.text_encoders.values()],
+    for component in components:
+        tensors = _tensors(_modules(parts)[component])
+        meter.watch(component, *(tensor for tensor in tensors if id(tensor) not in left_out))
+
+
+def tensors_of(parts: Parts) -> list[Tensor]:
+    """Weights and buffers of all components."""
+    return [tensor for modules in _modules(parts).values() for tensor in _tensors(modules)]
+
+
+def _modules(parts: Parts) -> dict[str, list[nn.Module]]:
+    """Component -> what it consists of, of what is in memory."""
+    return {
+        VAE: [] if parts.vae is None else [parts.vae],
+        TEXT_ENCODER: [module for module in parts.text_encoders.values() if module is not None],
         DENOISER: [parts.denoiser],
     }
-    for component, members in modules.items():
-        for module in filter(None, members):
-            tensors = (*module.parameters(), *module.buffers())
-            meter.watch(component, *(tensor for tensor in tensors if id(tensor) not in left_out))
+
+
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def blank_tokens(family: Family, parts: Parts, count: int) -> Cond:

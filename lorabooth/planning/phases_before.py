@@ -23,7 +23,7 @@ _PROMPTS_AT_ONCE = 16
 
 
 def before(scene: Scene, wanted: Collection[str]) -> dict[str, Usage]:
-    """Class images, and caching with what their drawing leaves on the device.
+    """Class images and caching, each with the parts that it needs on the device.
 
     Args:
         scene: what is rehearsed.
@@ -36,37 +36,42 @@ def before(scene: Scene, wanted: Collection[str]) -> dict[str, Usage]:
         if scene.recipe.memory.stream:
             stream(parts.denoiser, things.SHAPES_ON)
         with scene.meter() as meter:
-            _hold(scene, parts, meter, with_denoiser=draws)
             # A streamed denoiser that has drawn leaves the unit that would have come next.
             if draws and ("class images" in wanted or scene.streams):
                 _class_images(scene, parts, meter)
                 found["class images"] = meter.usage()
-                meter.reset_peak()
             if "caching" in wanted:
+                _place(scene, parts, meter, things.VAE, things.TEXT_ENCODER)
                 _caching(scene, parts)
                 found["caching"] = meter.usage()
     return found
 
 
-def _hold(scene: Scene, parts: Parts, meter: Meter, *, with_denoiser: bool) -> None:
-    """Count what is on the device: the encoders, and a denoiser that draws, but for what it streams.
+def _place(scene: Scene, parts: Parts, meter: Meter, *components: str) -> None:
+    """Count these components as on the device, and no others, from now on.
 
-    Where host and device are one memory, the denoiser is there in any case.
+    Where host and device are one memory, all parts are there in any case.
     """
-    if not scene.is_cuda:
-        things.hold(meter, parts)
-    elif not with_denoiser:
-        things.hold(meter, parts, but=parts.denoiser.parameters())
+    if scene.is_cuda:
+        meter.drop(*things.tensors_of(parts))
+        things.hold(meter, parts, components, but=streamed_tensors(parts.denoiser) if scene.streams else ())
     else:
-        things.hold(meter, parts, but=streamed_tensors(parts.denoiser))
+        things.hold(meter, parts)
+    meter.reset_peak()
 
 
 def _class_images(scene: Scene, parts: Parts, meter: Meter) -> None:
     """The base draws a group of class images: denoiser at twice the group, then the VAE one by one."""
+    count = group_of(scene.recipe, scene.device.kind)
+    _place(scene, parts, meter, things.TEXT_ENCODER)
+    with torch.no_grad():
+        encoded = scene.family.encode_tokens(parts, things.blank_tokens(scene.family, parts, count))
+    cond = things.blank_like(encoded, 1)
+    del encoded
+    _place(scene, parts, meter, things.DENOISER, things.VAE)
     if scene.streams:
         Ahead(parts.denoiser, meter, things.DENOISER)
-    count = group_of(scene.recipe, scene.device.kind)
-    draw(scene, parts, count, guidance=float(scene.recipe.prior.guidance))
+    draw(scene, parts, count, guidance=float(scene.recipe.prior.guidance), cond=cond)
 
 
 def _caching(scene: Scene, parts: Parts) -> None:

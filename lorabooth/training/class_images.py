@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -162,7 +162,9 @@ class _Artist:
         self.prompts = tuple(dict.fromkeys(subject.class_prompt for subject in setting.subjects))
         self.sampler = _sampler_of(setting)
         self._setting, self._studio, self._store, self._reporter = setting, studio, store, reporter
-        self._pipeline = setting.family.pipeline(setting.parts)
+        # Prompts are encoded before, so that the text encoder is not on the device while the denoiser is.
+        self._pipeline = setting.family.pipeline(replace(setting.parts, text_encoders={}))
+        self._encoded: dict[str, Tensor] = {}
         self._most: int | None = None
         count = setting.recipe.prior.count * len(self.prompts)
         self._compiling = _Compiling(setting, self.sampler, count, reporter)
@@ -170,7 +172,9 @@ class _Artist:
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Sequence[Drawn]:
         """One group, with its latents."""
         # Nothing was moved if all images are there already: the base goes to the device with the first group.
-        self._pipeline.to(self._setting.device)
+        if not self._encoded:
+            self._encode()
+            self._setting.base.to(self._setting.device, "denoiser", "vae")
 
         def draw(steps: int) -> Sequence[Drawn]:
             return self._draw(prompts, seeds, steps)
@@ -185,11 +189,21 @@ class _Artist:
         self._store.put_moments(sampled_key(sha256), CachedLatent(moments, whole))
 
     def finish(self) -> dict[str, object]:
-        """The blocks run as they were written again; what there is to tell of their speed."""
-        # The adapter comes next, and the step has other shapes.
+        """The blocks run as they were written again, off the device; what there is to tell of their speed."""
+        # The encoders come next, then the adapter, and the step has other shapes.
         self._compiling.blocks.off()
+        self._setting.base.to(torch.device("cpu"), "denoiser")
         pace = self._compiling.pace
         return {} if pace is None else {"speed": pace.facts}
+
+    def _encode(self) -> None:
+        """All class prompts, and what is guided away from; each as a group, whose size rounds last bits."""
+        setting = self._setting
+        setting.base.to(setting.device, *setting.parts.text_encoders)
+        for prompt in ("", *self.prompts):
+            cond, *_ = setting.family.encode_prompts(setting.parts, [prompt] * self.sampler.group)
+            self._encoded[prompt] = cond["encoder_hidden_states"]
+        setting.base.to(torch.device("cpu"), *setting.parts.text_encoders)
 
     def _draw(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Sequence[Drawn]:
         latents: dict[int, Tensor] = {}
@@ -203,6 +217,7 @@ class _Artist:
             height_px=self.sampler.height_px,
             width_px=self.sampler.width_px,
             batch_size=min(len(prompts), self._most or len(prompts)),
+            encoded=self._encoded,
             on_latent=latents.__setitem__,
             on_smaller=self._smaller,
         )

@@ -32,7 +32,7 @@ from lorabooth.training.caching import cache_and_release
 from lorabooth.training.class_images import class_examples
 from lorabooth.training.compose import attach, compose
 from lorabooth.training.prefetch import DEPTH, make
-from lorabooth.training.setting import Clock, open_setting
+from lorabooth.training.setting import Clock, LoadedBase, Setting, open_setting
 from lorabooth.training.studio import Studio
 from lorabooth.training.update import launch
 
@@ -91,15 +91,16 @@ def measured(recipe: Recipe, work: Path) -> dict[str, Usage]:
 
 
 def measured_before(recipe: Recipe, work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Usage]:
-    """Class images and caching, really run with a streamed base, counted as a card's memory would be.
+    """Class images and caching, really run, counted as a card's memory would be.
 
-    This CPU's memory is the card's, but for what waits in host memory; units are copied ahead, as on CUDA.
+    This CPU's memory is the card's, but for what waits in host memory; a streamed base's units are copied
+    ahead, as on CUDA. What the run moves to its device is counted from then on, and not when it moves back.
     """
     _copy_ahead(monkeypatch)
     store, found = Store(work / "cache"), {}
-    setting = open_setting(recipe, Clock(), Silent())
+    setting = replace(open_setting(recipe, Clock(), Silent()), device=torch.device("cpu", 0))
     with Meter(granule_bytes=meter_cuda.GRANULE_BYTES, host_counts=False) as meter:
-        things.hold(meter, setting.parts, but=stream.streamed_tensors(setting.parts.denoiser))
+        _follow(setting, meter, monkeypatch)
         classes = class_examples(setting, STUDIO, store, Silent())
         found["class images"] = meter.usage()
         gc.collect()
@@ -107,6 +108,21 @@ def measured_before(recipe: Recipe, work: Path, monkeypatch: pytest.MonkeyPatch)
         cache_and_release(setting, classes.records, store, Silent())
         found["caching"] = meter.usage()
     return found
+
+
+def _follow(setting: Setting, meter: Meter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count the parts that are on the run's device."""
+    names = {"vae": things.VAE, "text_encoder": things.TEXT_ENCODER, "denoiser": things.DENOISER}
+    waiting = {id(tensor) for tensor in stream.streamed_tensors(setting.parts.denoiser)}
+
+    def to(base: LoadedBase, device: torch.device, *moved: str) -> None:
+        modules = {"vae": base.parts.vae, **base.parts.components()}
+        for name in moved:
+            tensors = [*modules[name].parameters(), *modules[name].buffers()]
+            staying = [tensor for tensor in tensors if id(tensor) not in waiting]
+            meter.watch(names[name], *staying) if device == setting.device else meter.drop(*staying)
+
+    monkeypatch.setattr(LoadedBase, "to", to)
 
 
 class _Stream:
