@@ -10,6 +10,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,15 +29,12 @@ def commands(code: str) -> list[list[str]]:
 
 
 def run_command(command: list[str], home: Path) -> subprocess.CompletedProcess[str]:
-    """Run `lorabooth ...` with this Python, or a command of the system, there; offline, its own cache."""
-    words = [sys.executable, "-m", *command] if command[0] == "lorabooth" else command
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "LORABOOTH_CACHE": str(home / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(words, cwd=home, env=env, capture_output=True, text=True, check=False)
+    """Run `lorabooth ...`, or a command of the system, there; offline, its own cache."""
+    env = {"LORABOOTH_CACHE": str(home / "cache")}
+    if command[0] == "lorabooth":
+        return forked.run(command[1:], home, env)
+    env = {**os.environ, **forked.OFFLINE, **env}
+    return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=False)
 
 
 def run_python(code: str, home: Path) -> subprocess.CompletedProcess[str]:

@@ -83,7 +83,7 @@ def serve() -> None:
     """Answer requests, one a line."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    _import_everything()
+    importlib.import_module("tests.imported")
     gc.collect()
     gc.freeze()  # or every child's first collection would copy the parent's memory
     assert threading.active_count() == 1, threading.enumerate()
@@ -96,26 +96,6 @@ def serve() -> None:
             answer = {"error": str(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-
-
-def _import_everything() -> None:
-    """What a run imports on its way."""
-    from lorabooth.families.quiet import quiet_libraries
-
-    with quiet_libraries():
-        from diffusers import (  # noqa: F401
-            AutoencoderKL,
-            DPMSolverMultistepScheduler,
-            PNDMScheduler,
-            StableDiffusionPipeline,
-            UNet2DConditionModel,
-        )
-        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
-
-        import lorabooth.api
-        import lorabooth.cli.train  # noqa: F401
-    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "requests"):
-        importlib.import_module(name)
 
 
 def _fork(request: Mapping[str, Any]) -> dict[str, Any]:
