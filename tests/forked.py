@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import MappingProxyType
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Of the process that is forked; what is read when modules are imported."""
@@ -22,12 +23,22 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.imported"])
 
 
-def run(arguments: Sequence[str], home: Path, env: Mapping[str, str]) -> CompletedProcess[str]:
-    """Run `lorabooth ARGUMENTS` in the folder `home`, with these variables beside `OFFLINE`."""
+def run(
+    arguments: Sequence[str],
+    home: Path,
+    env: Mapping[str, str] = MappingProxyType({}),
+    *,
+    first: str = "",
+) -> CompletedProcess[str]:
+    """Run `lorabooth ARGUMENTS` in the folder `home`, with these variables beside this process's own.
+
+    `first` is Python code that is run in the process before.
+    """
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        child = _context.Process(target=_live, args=(list(arguments), home, dict(env), out, err))
+        given = (list(arguments), home, {**before, **OFFLINE, **env}, first, out, err)
+        child = _context.Process(target=_live, args=given)
         os.environ.update(OFFLINE)  # the first one starts the process that is forked
         try:
             child.start()
@@ -40,15 +51,17 @@ def run(arguments: Sequence[str], home: Path, env: Mapping[str, str]) -> Complet
         return CompletedProcess(list(arguments), code, out.read_text("utf-8"), err.read_text("utf-8"))
 
 
-def _live(arguments: list[str], home: Path, env: dict[str, str], out: Path, err: Path) -> None:
+def _live(arguments: list[str], home: Path, env: dict[str, str], first: str, out: Path, err: Path) -> None:
     """In the child, to its end."""
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(home)
+    os.environ.clear()
     os.environ.update(env)
     sys.argv = ["lorabooth", *arguments]
     code = 1
     try:
+        exec(first, {})
         importlib.import_module("lorabooth.cli.app").main()
         code = 0
     except SystemExit as leaving:

@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 
 from lorabooth.recipe import load
+from tests import forked
 
 QUICK = ["--set", "prior.count=2", "--set", "prior.sampler_steps=1", "--set", "images.resolution=32"]
 FEW = ["--set", "run.sample_count=1", "--steps", "2"]
 
 
 def lorabooth(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return forked.run([*map(str, arguments)], cwd)
+
+
+def started(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """In a fresh interpreter."""
     return subprocess.run(
         [sys.executable, "-m", "lorabooth", *map(str, arguments)],
         cwd=cwd,
@@ -38,7 +44,7 @@ def quick(tiny_sd: Path, photos: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(home: Path, quick: list[str]) -> subprocess.CompletedProcess[str]:
-    return lorabooth(*quick, "--out", "run", cwd=home)
+    return started(*quick, "--out", "run", cwd=home)
 
 
 def test_a_dry_run_prints_the_recipe_and_what_trains_and_writes_nothing(home: Path, quick: list[str]) -> None:

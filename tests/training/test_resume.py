@@ -14,6 +14,7 @@ import pytest
 import lorabooth
 from lorabooth.recipe import dump
 from lorabooth.training.folder import read_json
+from tests import forked
 from tests.training import runs
 
 STEPS = "optim.steps=60"
@@ -100,15 +101,13 @@ def test_a_second_process_is_refused(
 DIES = """
 import os, signal, sys
 import {module} as module
-kill = signal.Signals[sys.argv.pop(1)]
+kill = signal.Signals["{sent}"]
 before = module.{owner}{name}
 def dies(*args, **options):
     if {when}:
         os.kill(os.getpid(), kill)
     return before(*args, **options)
 module.{owner}{name} = dies
-from lorabooth.cli.app import main
-main()
 """
 PREVIEW = {
     "module": "lorabooth.training.previews",
@@ -128,13 +127,7 @@ LAST = {"module": "lorabooth.training.going_on", "owner": "", "name": "deliver",
 
 
 def run_command(place: dict[str, str], sent: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", DIES.format(**place), sent, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    return forked.run([*map(str, arguments)], Path.cwd(), first=DIES.format(**place, sent=sent))
 
 
 def contents(out: Path) -> dict[str, bytes]:
