@@ -1,8 +1,8 @@
 """The phases of a run, rehearsed on shapes: the real code of each, with counted memory.
 
-What is on the device in each phase is what a run has there: class images with all parts, caching with the
-encoders (and the denoiser, if it has drawn), training with the denoiser, and what it trains, alone. Of a
-denoiser that is streamed to a card, only what stays there and the units that visit it.
+What is on the device in each phase is what a run has there: class images with denoiser and VAE, caching with
+the encoders, training with the denoiser, and what it trains, alone. Of a denoiser that is streamed to a card,
+only what stays there and the units that visit it.
 """
 
 from __future__ import annotations
