@@ -111,7 +111,10 @@ def chunk_function(
 
     def add(chunk: memoryview, offset: int) -> None:
         nonlocal n_chunks
-        raw = torch.frombuffer(chunk, dtype=held_in).view(-1, columns)
+        memory = torch.frombuffer(chunk, dtype=torch.uint8)
+        # A file may have its numbers at any byte; arithmetic wants them at multiples of their size.
+        aligned = memory if memory.data_ptr() % held_in.itemsize == 0 else memory.clone()
+        raw = aligned.view(held_in).view(-1, columns)
         n_rows, begin, n_chunks = raw.shape[0], offset // row_bytes, n_chunks + 1
         merged = _space(raw.numel(), computed_in).view_as(raw).copy_(raw)
         squares = _square_sum(merged)
@@ -121,6 +124,8 @@ def chunk_function(
         overflows = unsure and bool((merged.abs() > largest).any())
         raw.copy_(merged)
         change.add(weight=squares, n_all=raw.numel(), overflows=overflows)
+        if aligned is not memory:
+            memory.copy_(aligned)
         if held_in != computed_in and n_chunks % 4 == 1:
             change.add_lost(_square_sum(merged.sub_(raw)), raw.numel())
 

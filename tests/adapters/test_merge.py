@@ -79,6 +79,24 @@ def test_a_merged_folder_is_the_base_with_the_adapter_live(base, adapter, tmp_pa
     assert report.worst_rounding.rounding == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_may_begin_at_any_byte(base, adapter, tmp_path, dtype):
+    """The format's header may have any length, though safetensors itself makes it a multiple of eight."""
+    even = in_dtype(
+        single(base, tmp_path / "m" / "checkpoint.safetensors"), tmp_path / "even.safetensors", dtype
+    )
+    content = even.read_bytes()
+    n_header = int.from_bytes(content[:8], "little")
+    odd = tmp_path / "odd.safetensors"
+    header = content[8 : 8 + n_header] + b" "
+    odd.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + n_header :])
+    for path in (even, odd):
+        merge.merge(path, [Merging(adapter)], tmp_path / f"merged-{path.name}")
+    from_even = (tmp_path / "merged-even.safetensors").read_bytes()
+    from_odd = (tmp_path / "merged-odd.safetensors").read_bytes()
+    assert from_odd[8 + len(header) :] == from_even[8 + n_header :]
+
+
 def test_a_merged_single_file_is_the_base_with_the_adapter_live(base, adapter, tmp_path):
     checkpoint = single(base, tmp_path / "m" / "checkpoint.safetensors")
     merge.merge(checkpoint, [Merging(adapter)], tmp_path / "merged.safetensors")
