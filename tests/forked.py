@@ -11,10 +11,11 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import MappingProxyType
+from typing import NoReturn
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Of the process that is forked; what is read when modules are imported."""
@@ -59,10 +60,19 @@ def _live(arguments: list[str], home: Path, env: dict[str, str], first: str, out
     os.environ.clear()
     os.environ.update(env)
     sys.argv = ["lorabooth", *arguments]
-    code = 1
-    try:
+
+    def work() -> None:
         exec(first, {})
         importlib.import_module("lorabooth.cli.app").main()
+
+    to_the_end(work)
+
+
+def to_the_end(work: Callable[[], object]) -> NoReturn:
+    """Do it as a program does, and end this process: a forked one must not go on as its parent would."""
+    code = 1
+    try:
+        work()
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)

@@ -13,12 +13,12 @@ import os
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+from tests import forked
 from tests.faults import child
 from tests.faults.moments import Ended, Moment, watch
 
@@ -119,22 +119,11 @@ def _fork(request: Mapping[str, Any]) -> dict[str, Any]:
     return {"code": code, "changes": changes, "said": said}
 
 
-def _live(request: Mapping[str, Any], tell: int, die_at: int) -> None:
+def _live(request: Mapping[str, Any], tell: int, die_at: int) -> NoReturn:
     """In the child, to its end."""
-    code = 1
-    try:
-        os.environ.update(request["env"])
-        child.Trap(tell, die_at, request["roots"]).install()
-        child.command_line(request["arguments"])
-        code = 0
-    except SystemExit as leaving:
-        code = int(leaving.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    os.environ.update(request["env"])
+    child.Trap(tell, die_at, request["roots"]).install()
+    forked.to_the_end(lambda: child.command_line(request["arguments"]))
 
 
 if __name__ == "__main__":
