@@ -124,7 +124,8 @@ def _table(cases: Cases, found: dict[str, Any]) -> str:
         if "speed_before_disk" in ratio:
             more = f"; before the disk is waited for: {ratio['speed_before_disk']:.2f}{more}"
         lines.append(
-            f"speed of {name}: {ratio['speed']:.2f}; of that and sync: {ratio['speed_and_sync']:.2f}{more}"
+            f"speed of {name}: {ratio['speed']:.2f}; by the fastest rounds: {ratio['speed_of_fastest']:.2f}; "
+            f"of that and sync: {ratio['speed_and_sync']:.2f}{more}"
         )
     return "\n".join(lines)
 

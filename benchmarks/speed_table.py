@@ -157,10 +157,10 @@ def _merge(facts: Mapping[str, Any]) -> Iterator[Row]:
         if not name.startswith("merge rank"):
             continue
         ratio = facts["ratios"][f"{name}, of cp"]
-        waited = before = ""
+        waited, before = "", f" ({_times(ratio['speed_of_fastest'])} by the fastest rounds)"
         if case.get("waited_s", 0.0) >= _WORTH_TELLING_S:
             waited = f", {case['waited_s']:.1f} s of it for the disk"
-            before = f" ({_times(ratio['speed_before_disk'])} without the wait)"
+            before = f"{before[:-1]}, {_times(ratio['speed_before_disk'])} without the wait)"
         yield Row(
             f"{name} into {facts['size']}",
             f"{case['wall_s']:.1f} s{waited}, {case['peak_rss_bytes'] / 1e9:.2f} GB",
