@@ -153,6 +153,7 @@ def _batch(
         given = {**options, **conditioning()}
         with _without_text_encoder(pipeline):
             latents = pipeline(**given, generator=generators, output_type="latent").images
+        del given  # nothing is told to the decoder
         return [
             (*_decode(pipeline, one), one[0].to("cpu", torch.float32, copy=True)) for one in latents.split(1)
         ]

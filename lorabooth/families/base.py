@@ -55,6 +55,7 @@ class Defaults:
         class_guidance_interval: noise levels sigma (low, high] at which that acts; empty is all.
         sampler_steps: per sample.
         class_sampler_steps: per class image.
+        class_bf16: whether class images gain from bf16 on a CPU that has it; a small denoiser hardly does.
     """
 
     resolution_px: int
@@ -67,6 +68,7 @@ class Defaults:
     class_guidance_interval: tuple[float, ...]
     sampler_steps: int
     class_sampler_steps: int
+    class_bf16: bool
 
 
 @dataclass(frozen=True)

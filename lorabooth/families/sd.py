@@ -247,6 +247,7 @@ POCKET_DEFAULTS = Defaults(
     class_guidance_interval=(),
     sampler_steps=20,
     class_sampler_steps=20,
+    class_bf16=False,
 )
 SD1 = StableDiffusion(
     "sd1",
@@ -261,6 +262,7 @@ SD1 = StableDiffusion(
         class_guidance_interval=(0.28, 5.42),  # SD-XL's in arXiv 2404.07724, section 3.1
         sampler_steps=20,  # "15 to 20 steps for guided sampling": arXiv 2211.01095, abstract
         class_sampler_steps=15,
+        class_bf16=True,
     ),
 )
 SD2 = StableDiffusion("sd2", replace(SD1.defaults, resolution_px=768))

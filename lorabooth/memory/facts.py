@@ -91,7 +91,16 @@ def describe_device(device: object = "") -> Device:
     if place.type == "mps":
         return Device("mps", f"Apple GPU ({name})", int(memory.total), int(memory.available), "", False)
     threads = torch.get_num_threads()
-    return Device("cpu", f"{name}, {threads} threads", int(memory.total), int(memory.available), "", False)
+    bf16 = _cpu_has_bf16()
+    return Device("cpu", f"{name}, {threads} threads", int(memory.total), int(memory.available), "", bf16)
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether products of bfloat16 matrices have instructions of their own (AVX-512 BF16 or AMX)."""
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 def devices() -> list[Device]:

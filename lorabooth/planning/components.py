@@ -154,9 +154,11 @@ def blank_tokens(family: Family, parts: Parts, count: int) -> Cond:
     return {name: torch.zeros(shape, dtype=torch.int64) for name in names}
 
 
-def blank_like(cond: Cond, count: int) -> dict[str, Tensor]:
-    """A collated conditioning of `count` rows, each as those of `cond`."""
-    return {name: torch.empty((count, *one.shape[1:]), dtype=one.dtype) for name, one in cond.items()}
+def blank_like(cond: Cond, count: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A collated conditioning of `count` rows, each as those of `cond`; in its dtypes unless one is given."""
+    return {
+        name: torch.empty((count, *one.shape[1:]), dtype=dtype or one.dtype) for name, one in cond.items()
+    }
 
 
 class BlockwiseAdamW(torch.optim.Optimizer):

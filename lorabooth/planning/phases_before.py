@@ -10,6 +10,8 @@ from collections.abc import Collection
 import torch
 
 from lorabooth.families.base import Parts
+from lorabooth.families.recast import recast
+from lorabooth.memory import apply
 from lorabooth.memory.meter import Meter, Usage
 from lorabooth.memory.stream import is_streamed, stream, streamed_tensors
 from lorabooth.planning import components as things
@@ -66,12 +68,18 @@ def _class_images(scene: Scene, parts: Parts, meter: Meter) -> None:
     _place(scene, parts, meter, things.TEXT_ENCODER)
     with torch.no_grad():
         encoded = scene.family.encode_tokens(parts, things.blank_tokens(scene.family, parts, count))
-    cond = things.blank_like(encoded, 1)
-    del encoded
-    _place(scene, parts, meter, things.DENOISER, things.VAE)
+    # As the run does: the denoiser that draws may be a copy in fewer bits, beside the one that trains.
+    artist = recast(parts, apply.DTYPES[scene.recipe.prior.dtype])
+    # The prompt's and the empty one's wait in host memory.
+    encoded = things.blank_like(encoded, 2)
+    if scene.is_cuda:
+        meter.drop(*encoded.values())
+    _place(scene, artist, meter, things.DENOISER, things.VAE)
+    if artist is not parts and not scene.is_cuda:
+        things.hold(meter, parts, (things.DENOISER,))
     if scene.streams:
-        Ahead(parts.denoiser, meter, things.DENOISER)
-    draw(scene, parts, count, guidance=float(scene.recipe.prior.guidance), cond=cond)
+        Ahead(artist.denoiser, meter, things.DENOISER)
+    draw(scene, artist, count, guidance=float(scene.recipe.prior.guidance), cond=encoded)
 
 
 def _caching(scene: Scene, parts: Parts) -> None:
@@ -100,8 +108,8 @@ def draw(scene: Scene, parts: Parts, count: int, *, guidance: float, cond: Cond 
         if cond is None:
             cond = family.encode_tokens(parts, things.blank_tokens(family, parts, count))
         # What was encoded, the pipeline's copies of it, and both of these as one batch.
-        copies = [things.blank_like(cond, rows) for _ in range(2)]
-        cond = things.blank_like(cond, rows)
+        copies = [things.blank_like(cond, rows, parts.dtype) for _ in range(2)]
+        cond = things.blank_like(cond, rows, parts.dtype)
         # DPM-Solver++ of order 2 keeps two predictions in float32 beside the latents.
         history = [torch.empty((count, *shape)) for _ in range(2)]
         latents = torch.empty((count, *shape), dtype=parts.dtype)

@@ -146,6 +146,9 @@ def _prior_rules(recipe: Recipe) -> Iterator[Problem]:
         if ends and (len(ends) != 2 or ends[0] >= ends[1]):
             text = f"{value_text(ends)} is no interval; write [low, high] with low below high, or [] for all"
             yield Problem(("prior", "guidance_interval"), text)
+    if recipe.memory.stream and prior.dtype not in ("auto", recipe.model.dtype):
+        text = f'"{prior.dtype}", but a streamed base draws class images in model.dtype; give both the same'
+        yield Problem(("prior", "dtype"), text, (("memory", "stream"), ("model", "dtype")))
     if prior.prompt != "auto":
         if "{token}" in prior.prompt:
             text = "the class prompt is without {token}: it stands for the class, not for the subject"

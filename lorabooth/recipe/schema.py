@@ -81,6 +81,8 @@ class PriorSection(Section):
         Auto | Annotated[tuple[Annotated[float, Field(ge=0, le=1000)], ...], Field(strict=False)]
     ) = "auto"
     """Noise levels [low, high] at which it acts: cheaper, more variety (arXiv 2404.07724); []: all."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of drawing class images; "auto" is model.dtype, but bf16 on CPUs that have it natively."""
     every: Annotated[int, Field(ge=1, le=20)] = 1
     """Class examples are in every so many steps only, at so many times their weight: less time, same sum."""
     pool: Annotated[int, Field(ge=0, le=100_000)] = 0

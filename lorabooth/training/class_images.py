@@ -13,6 +13,8 @@ import torch
 
 from lorabooth.data import images
 from lorabooth.data.cache import CachedLatent, Store, sampled_key
+from lorabooth.families.recast import recast
+from lorabooth.memory.apply import DTYPES
 from lorabooth.memory.facts import describe_device
 from lorabooth.progress import Reporter
 from lorabooth.recipe import Recipe
@@ -24,7 +26,8 @@ from lorabooth.training.studio import Studio
 from lorabooth.types import Geometry, Interval, Moments, Record
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from diffusers import DiffusionPipeline
+    from torch import Tensor, nn
 
 GROUP = 8
 """Class images drawn at once on an accelerator. Where memory forces fewer, their last bits may differ."""
@@ -110,7 +113,7 @@ def _sampler_of(setting: Setting) -> SamplerFacts:
         guidance_interval=_interval_of(recipe),
         height_px=height_px,
         width_px=width_px,
-        dtype=recipe.model.dtype,
+        dtype=recipe.prior.dtype,
         group=group_of(recipe, setting.device.type),
     )
 
@@ -162,24 +165,19 @@ class _Artist:
         self.prompts = tuple(dict.fromkeys(subject.class_prompt for subject in setting.subjects))
         self.sampler = _sampler_of(setting)
         self._setting, self._studio, self._store, self._reporter = setting, studio, store, reporter
-        # Prompts are encoded before, so that the text encoder is not on the device while the denoiser is.
-        self._pipeline = setting.family.pipeline(replace(setting.parts, text_encoders={}))
         self._encoded: dict[str, Tensor] = {}
         self._most: int | None = None
-        count = setting.recipe.prior.count * len(self.prompts)
-        self._compiling = _Compiling(setting, self.sampler, count, reporter)
+        self._tools: _Tools | None = None
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Sequence[Drawn]:
         """One group, with its latents."""
         # Nothing was moved if all images are there already: the base goes to the device with the first group.
-        if not self._encoded:
-            self._encode()
-            self._setting.base.to(self._setting.device, "denoiser", "vae")
+        tools = self._tools = self._tools or self._prepare()
 
         def draw(steps: int) -> Sequence[Drawn]:
-            return self._draw(prompts, seeds, steps)
+            return self._draw(tools.pipeline, prompts, seeds, steps)
 
-        return self._compiling.timed(len(prompts), draw, self.sampler.steps)
+        return tools.compiling.timed(len(prompts), draw, self.sampler.steps)
 
     def keep_latent(self, sha256: str, latent: Tensor) -> None:
         """Keep exactly this latent, a posterior without width, for the image of that digest."""
@@ -190,11 +188,29 @@ class _Artist:
 
     def finish(self) -> dict[str, object]:
         """The blocks run as they were written again, off the device; what there is to tell of their speed."""
+        if self._tools is None:
+            return {}
         # The encoders come next, then the adapter, and the step has other shapes.
-        self._compiling.blocks.off()
+        self._tools.compiling.blocks.off()
         self._setting.base.to(torch.device("cpu"), "denoiser")
-        pace = self._compiling.pace
+        pace = self._tools.compiling.pace
+        self._tools = None
         return {} if pace is None else {"speed": pace.facts}
+
+    def _prepare(self) -> _Tools:
+        """Prompts encoded first, so that the text encoder is not on the device while the denoiser is."""
+        setting = self._setting
+        self._encode()
+        # A run trains on what was loaded; only the drawing may be in fewer bits.
+        parts = recast(replace(setting.parts, text_encoders={}), DTYPES[self.sampler.dtype])
+        if parts.denoiser is setting.parts.denoiser:
+            setting.base.to(setting.device, "denoiser", "vae")
+        else:
+            setting.base.to(setting.device, "vae")
+            parts.denoiser.to(setting.device)
+        count = setting.recipe.prior.count * len(self.prompts)
+        compiling = _Compiling(setting, parts.denoiser, self.sampler, count, self._reporter)
+        return _Tools(setting.family.pipeline(parts), compiling)
 
     def _encode(self) -> None:
         """All class prompts, and what is guided away from; each as a group, whose size rounds last bits."""
@@ -205,10 +221,12 @@ class _Artist:
             self._encoded[prompt] = cond["encoder_hidden_states"]
         setting.base.to(torch.device("cpu"), *setting.parts.text_encoders)
 
-    def _draw(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Sequence[Drawn]:
+    def _draw(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int
+    ) -> Sequence[Drawn]:
         latents: dict[int, Tensor] = {}
         images = self._studio.generate(
-            self._pipeline,
+            pipeline,
             prompts,
             seeds,
             steps=steps,
@@ -229,6 +247,14 @@ class _Artist:
         self._reporter.warn(f"memory ran out while drawing class images; {count} at once from now on")
 
 
+@dataclass(frozen=True)
+class _Tools:
+    """What images are drawn with, from the first group on."""
+
+    pipeline: DiffusionPipeline
+    compiling: _Compiling
+
+
 class _Compiling:
     """Compiled blocks of the sampler, where the recipe wants them and they pay; a group is what is timed.
 
@@ -237,15 +263,18 @@ class _Compiling:
 
     Args:
         setting: the run's.
+        denoiser: that draws.
         sampler: how images are drawn.
         count: images that the run needs, of which some may be there already.
         reporter: hears of the choice.
     """
 
-    def __init__(self, setting: Setting, sampler: SamplerFacts, count: int, reporter: Reporter) -> None:
+    def __init__(
+        self, setting: Setting, denoiser: nn.Module, sampler: SamplerFacts, count: int, reporter: Reporter
+    ) -> None:
         self._setting, self._sampler, self._count, self._reporter = setting, sampler, count, reporter
         self._groups = 0
-        self.blocks = Blocks(setting.parts.denoiser, compile_cache())
+        self.blocks = Blocks(denoiser, compile_cache())
         self.pace: Pace | None = None
 
     def timed(self, size: int, draw: Callable[[int], Sequence[Drawn]], steps: int) -> Sequence[Drawn]:

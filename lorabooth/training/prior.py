@@ -67,7 +67,7 @@ class SamplerFacts:
         guidance_interval: noise levels at which it acts; None is all.
         height_px: image height.
         width_px: image width.
-        dtype: precision of the frozen weights, e.g. "fp32".
+        dtype: precision that the denoiser draws in, e.g. "fp32".
         group: images drawn together, >= 1; by it the last bits of an image differ.
     """
 

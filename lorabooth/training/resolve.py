@@ -87,7 +87,8 @@ def resolve(
     )
     subjects = _subjects(recipe.subjects, find_token, pick.choices)
     adapter, optim = _training(recipe, defaults, by_family, pick)
-    prior = _prior(recipe.prior, subjects, defaults, by_family, pick)
+    drawn_in = _class_precision(recipe, model.dtype, defaults, device)
+    prior = _prior(recipe.prior, subjects, defaults, by_family, drawn_in, pick)
     side_px, trained_at = defaults.resolution_px, "what the base was trained at"
     resolution = pick("images.resolution", recipe.images.resolution, side_px, trained_at)
     given = recipe.memory
@@ -166,6 +167,7 @@ def _prior(
     subjects: Sequence[SubjectSection],
     defaults: Defaults,
     by_family: str,
+    drawn_in: tuple[str, str],
     pick: _Picker,
 ) -> PriorSection:
     prompts = list(dict.fromkeys(class_prompt(subject.template, subject.noun) for subject in subjects))
@@ -180,10 +182,19 @@ def _prior(
             "prior.guidance_interval", given.guidance_interval, defaults.class_guidance_interval, by_family
         ),
         "guidance": pick("prior.guidance", given.guidance, defaults.class_guidance, by_family),
+        "dtype": pick("prior.dtype", given.dtype, *drawn_in),
     }
     if len(prompts) == 1:  # with several classes "auto" stays: each subject has its own class prompt
         update["prompt"] = pick("prior.prompt", given.prompt, prompts[0], "the template without the token")
     return given.model_copy(update=update)
+
+
+def _class_precision(recipe: Recipe, loaded: str, defaults: Defaults, device: Device) -> tuple[str, str]:
+    """What class images are drawn in, and why."""
+    is_free = recipe.model.dtype == "auto" and not recipe.memory.stream
+    if is_free and device.kind == "cpu" and device.bf16 and defaults.class_bf16:
+        return "bf16", "native on this CPU"
+    return loaded, "same as model.dtype"
 
 
 def native_precision(device: Device) -> tuple[str, str]:

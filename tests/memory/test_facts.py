@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import platform
 import socket
 from pathlib import Path
 
@@ -26,6 +27,19 @@ def test_device_facts_are_json_and_plausible() -> None:
     assert found["kind"] == "cpu"
     assert 0 < found["free_bytes"] <= found["total_bytes"]
     assert facts.devices()[-1].kind == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True, "amx_bf16": False}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)],
+)
+def test_a_processor_says_whether_it_has_bf16(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
+) -> None:
+    if platform.machine() == "x86_64":
+        assert {"avx512_bf16", "amx_bf16"} <= set(torch.cpu.get_capabilities())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert facts.describe_device("cpu").bf16 is expected
 
 
 def test_nothing_private_is_told() -> None:

@@ -21,7 +21,7 @@ from lorabooth.families import registry
 from lorabooth.families.reload import with_vae
 from lorabooth.families.source import resolve
 from lorabooth.memory import meter_cuda, stream
-from lorabooth.memory.facts import Device
+from lorabooth.memory.facts import Device, describe_device
 from lorabooth.memory.meter import Meter, Usage
 from lorabooth.planning import components as things
 from lorabooth.planning.forecast import Forecast, Forecaster
@@ -36,7 +36,7 @@ from lorabooth.training.setting import Clock, LoadedBase, Setting, open_setting
 from lorabooth.training.studio import Studio
 from lorabooth.training.update import launch
 
-CPU = Device("cpu", "a CPU", 8 << 30, 8 << 30, "", False)
+CPU = Device("cpu", "a CPU", 8 << 30, 8 << 30, "", describe_device("cpu").bf16)
 CARD = Device("cuda", "a card of 8 GiB", 8 << 30, 8 << 30, "8.6", True)
 STUDIO = Studio(generate=generate, draw_grid=draw_grid, file_name=file_name)
 STEPS = 2

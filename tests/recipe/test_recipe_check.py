@@ -123,6 +123,11 @@ def test_misspelt_subject_key_names_the_subject() -> None:
         ("[prior]\nprompt = 'a {dog}'", "prior.prompt", "unknown {dog}"),
         ("[prior]\nguidance_interval = [5, 2]", "prior.guidance_interval", "[5.0, 2.0] is no interval"),
         ("[prior]\nguidance_interval = [5]", "prior.guidance_interval", "write [low, high]"),
+        (
+            "[prior]\ndtype = 'bf16'\n[memory]\nstream = true\ncheckpointing = true",
+            "prior.dtype",
+            "a streamed base draws class images in model.dtype",
+        ),
         ("[optim]\ntext_encoder_lr = 1e-5", "optim.text_encoder_lr", "adapter.text_encoder is false"),
         ("[adapter]\ntext_encoder_rank = 4", "adapter.text_encoder_rank", "adapter.text_encoder is false"),
         ("[optim]\nsteps = 10\nwarmup_steps = 11", "optim.warmup_steps", "more than optim.steps = 10"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,30 @@ def test_the_samplers_latent_is_trained_on_and_nothing_is_encoded(
     assert torch.equal(
         means(encoded(setting, again.records, tmp_path), again.records), means(examples, records)
     )
+
+
+def test_a_denoiser_in_bf16_draws_beside_the_one_that_trains(
+    tiny_sd: Path, photos: Path, tmp_path: Path
+) -> None:
+    """It draws as one that was loaded in bf16; the run's own stays as it was, and so do images in float32."""
+    setting = setting_of(tiny_sd, photos, "model.dtype=fp32", "prior.dtype=bf16")
+    loaded = setting.family.load(setting.parts.source, torch.bfloat16).denoiser
+    other = setting.family.pipeline(replace(setting.parts, denoiser=loaded, text_encoders={}))
+    latents: list[Tensor] = []
+
+    def twice(pipeline: Any, *args: Any, on_latent: Any, **kwargs: Any) -> Any:
+        assert pipeline.unet.dtype == torch.bfloat16
+        assert pipeline.vae.dtype == torch.float32
+        generate(other, *args, on_latent=lambda _, latent: latents.append(latent), **kwargs)
+        return generate(pipeline, *args, on_latent=on_latent, **kwargs)
+
+    before = {name: tensor.clone() for name, tensor in setting.parts.denoiser.state_dict().items()}
+    made = drawn(setting, tmp_path, draw=twice)
+    torch.testing.assert_close(setting.parts.denoiser.state_dict(), before, rtol=0, atol=0)
+    kept = means(encoded(setting, made.records, tmp_path), made.records)
+    assert torch.equal(kept, torch.stack(latents[: len(made.records)]))
+    in_full = drawn(setting_of(tiny_sd, photos, "model.dtype=fp32"), tmp_path)
+    assert (in_full.facts["drawn"], in_full.facts["reused"]) == (3, 0)
 
 
 def test_without_the_latent_the_image_is_encoded(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,19 +23,21 @@ DEFAULTS = Defaults(
     class_guidance_interval=(0.3, 5.5),
     sampler_steps=25,
     class_sampler_steps=15,
+    class_bf16=True,
 )
 DEVICES = {
     "cpu": Device("cpu", "a processor", 2**34, 2**34, "", False),
+    "bf16 cpu": Device("cpu", "a new processor", 2**34, 2**34, "", True),
     "new": Device("cuda", "a new card", 2**34, 2**34, "9.0", True),
     "old": Device("cuda", "an old card", 2**34, 2**34, "7.5", False),
 }
 
 
-def _resolve(recipe: Recipe, device: str = "cpu") -> Resolved:
+def _resolve(recipe: Recipe, device: str = "cpu", defaults: Defaults = DEFAULTS) -> Resolved:
     return resolve(
         recipe,
         source=Source(Path("base"), "base", "sd1"),
-        defaults=DEFAULTS,
+        defaults=defaults,
         device=DEVICES[device],
         find_token=lambda index: (f"tok{index}", "rare"),
     )
@@ -98,6 +101,34 @@ def test_where_class_images_are_guided_is_the_familys_or_the_users() -> None:
     assert _resolve(_recipe()).recipe.prior.guidance_interval == (0.3, 5.5)
     assert _resolve(_recipe("prior.guidance_interval=[]")).recipe.prior.guidance_interval == ()
     assert _resolve(_recipe("prior.guidance_interval=[1, 2]")).recipe.prior.guidance_interval == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "overrides", "expected"),
+    [
+        ("cpu", (), "fp32"),
+        ("bf16 cpu", (), "bf16"),
+        ("bf16 cpu", ("model.dtype=fp32",), "fp32"),
+        ("bf16 cpu", ("prior.dtype=fp32",), "fp32"),
+        ("bf16 cpu", ("memory.stream=true", "memory.checkpointing=true"), "fp32"),
+        ("cpu", ("prior.dtype=bf16",), "bf16"),
+        ("new", (), "bf16"),
+        ("old", (), "fp16"),
+        ("new", ("model.dtype=fp32",), "fp32"),
+    ],
+)
+def test_class_images_are_drawn_as_the_base_is_held_or_in_a_processors_bf16(
+    device: str, overrides: tuple[str, ...], expected: str
+) -> None:
+    recipe = _resolve(_recipe(*overrides), device).recipe
+    assert recipe.prior.dtype == expected
+    if "cpu" in device:
+        assert (recipe.model.dtype, recipe.memory.precision) == ("fp32", "fp32")
+
+
+def test_a_base_that_gains_nothing_from_bf16_draws_as_it_is_held() -> None:
+    small = replace(DEFAULTS, class_bf16=False)
+    assert _resolve(_recipe(), "bf16 cpu", small).recipe.prior.dtype == "fp32"
 
 
 def test_what_the_user_wrote_stays() -> None:
