@@ -3,11 +3,12 @@
     python benchmarks/photos_to_adapter.py --peer-script PATH --class-images 200 --steps 500
 
 Each side runs once in a process of its own, with nothing cached, at its own defaults for class images: the
-peer draws batches of 4 with the checkpoint's sampler in 50 steps, lorabooth as its family's defaults say
-(how good those images are: class_images.py). Training has equal steps, batch 1 + 1 with prior preservation,
-rank 4, AdamW, fp32 on a CPU and bf16 on a GPU. With --rounds they alternate. Every phase is listed. Where
-fewer images or steps are run than --of-class-images and --of-steps, "extrapolated" says what the measured
-times an image and a step would make of those: it is arithmetic, kept apart from what was measured.
+peer draws batches of 4 with the checkpoint's sampler in 50 steps, in fp32 on a CPU and in fp16 on a GPU;
+lorabooth as its family's defaults say, in bf16 on a CPU that has instructions for it (how good those images
+are: class_images.py). Training has equal steps, batch 1 + 1 with prior preservation, rank 4, AdamW, fp32 on
+a CPU and bf16 on a GPU. With --rounds they alternate. Every phase is listed. Where fewer images or steps are
+run than --of-class-images and --of-steps, "extrapolated" says what the measured times an image and a step
+would make of those: it is arithmetic, kept apart from what was measured.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,9 @@ def ours(work: Path, round_: int, args: argparse.Namespace) -> dict[str, Any]:
     total_s = time.perf_counter() - began
     timings = json.loads((out / "run.json").read_text(encoding="utf-8"))["timings_s"]
     phases = {**timings, "start of the program and the rest": total_s - sum(timings.values())}
-    return _facts(total_s, timings["class images"], timings["training"], phases, args)
+    used = tomllib.loads((out / "recipe.toml").read_text(encoding="utf-8"))
+    facts = _facts(total_s, timings["class images"], timings["training"], phases, args)
+    return {**facts, "class_images_in": used["prior"]["dtype"]}
 
 
 def peer(script: Path, work: Path, round_: int, args: argparse.Namespace, precision: str) -> dict[str, Any]:
@@ -155,8 +159,9 @@ def main() -> None:
         "steps": args.steps,
         "rounds": args.rounds,
         "class_images_of": {
-            "ours": _our_sampler(),
-            "peer": "the checkpoint's sampler (PNDM), 50 steps, guidance 7.5",
+            "ours": _our_sampler(mine[0]["class_images_in"]),
+            "peer": "the checkpoint's sampler (PNDM), 50 steps, guidance 7.5, in "
+            + ("fp16" if on_gpu else "fp32"),
         },
         "ours": _median(mine),
     }
@@ -171,11 +176,11 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def _our_sampler() -> str:
+def _our_sampler(precision: str) -> str:
     defaults = SD1.defaults
     how = f"DPM-Solver++, {defaults.class_sampler_steps} steps, guidance {defaults.class_guidance:g}"
     low, high = defaults.class_guidance_interval
-    return f"{how} at noise levels of {low:g} to {high:g}"
+    return f"{how} at noise levels of {low:g} to {high:g}, in {precision}"
 
 
 def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from lorabooth.errors import LoraboothError, OutOfMemoryError, RecipeError
 from lorabooth.evaluation.guidance import GuidedCall, guided_steps
+from lorabooth.memory.in_turn import Decoding, taking_turns
 from lorabooth.progress import Reporter, Silent
 from lorabooth.types import Interval
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Sampler = Literal["dpm++", "checkpoint"]
+Made = TypeVar("Made")
 
 # What diffusers raises for a wrong size, dtype or device. Anything else is a bug of ours and shows itself.
 _PIPELINE_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
@@ -45,6 +47,7 @@ def generate(
     sampler: Sampler = "dpm++",
     batch_size: int = 1,
     encoded: Mapping[str, Tensor] | None = None,
+    in_turn: bool = False,
     reporter: Reporter | None = None,
     on_image: Callable[[int, Image], None] | None = None,
     on_latent: Callable[[int, Tensor], None] | None = None,
@@ -66,6 +69,7 @@ def generate(
         batch_size: most images at once; halved when memory runs out.
         encoded: prompt -> text embedding [tokens, width], and "" for guidance, where the text encoder
             has left memory; None encodes with the pipeline's.
+        in_turn: denoiser and VAE are on the device one at a time; the images are the same.
         reporter: hears of the progress.
         on_image: called with (index, image) as soon as an image is there.
         on_latent: called before it with (index, latent [C,h,w] as the denoiser has it, float32 on the CPU).
@@ -84,7 +88,7 @@ def generate(
     images: list[Image] = []
     with ExitStack() as restored, torch.no_grad():
         restored.enter_context(_evaluating(pipeline))
-        restored.enter_context(_together(pipeline))
+        decoding = restored.enter_context(_places(pipeline, in_turn))
         restored.enter_context(_scheduled(pipeline, sampler))
         restored.enter_context(torch.autocast(pipeline.unet.device.type, enabled=False))
         task = restored.enter_context(reporter.task("Sampling", len(prompts), unit="image"))
@@ -94,7 +98,7 @@ def generate(
         while len(images) < len(prompts):
             batch = slice(len(images), len(images) + size)
             told = partial(_conditioning, pipeline, prompts[batch], encoded, guidance, acts)
-            made = _batch(pipeline, seeds[batch], options, told)
+            made = _batch(pipeline, seeds[batch], options, told, decoding)
             if made is None:
                 gc.collect()
                 if torch.cuda.is_available():
@@ -146,17 +150,34 @@ def _batch(
     seeds: Sequence[int],
     options: Mapping[str, Any],
     conditioning: Callable[[], Mapping[str, Any]],
+    decoding: Decoding,
 ) -> list[tuple[Image, bool, Tensor]] | None:
     """Images with "all finite" and latents, or None if memory ran out. All that it held is gone on return."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    try:
+
+    def draw() -> Tensor:
         given = {**options, **conditioning()}
         with _without_text_encoder(pipeline):
-            latents = pipeline(**given, generator=generators, output_type="latent").images
-        del given  # nothing is told to the decoder
+            drawn: Tensor = pipeline(**given, generator=generators, output_type="latent").images
+        return drawn
+
+    def decode(latents: Tensor) -> list[tuple[Image, bool, Tensor]]:
         return [
-            (*_decode(pipeline, one), one[0].to("cpu", torch.float32, copy=True)) for one in latents.split(1)
+            (*_decode(pipeline, one), one[0].to("cpu", torch.float32, copy=True))
+            for one in torch.split(latents, 1)
         ]
+
+    latents = _unless_out_of_memory(draw)
+    if latents is None:
+        return None
+    with decoding():
+        return _unless_out_of_memory(partial(decode, latents))
+
+
+def _unless_out_of_memory(work: Callable[[], Made]) -> Made | None:
+    """What comes of it, or None if memory ran out: then all that it held is gone."""
+    try:
+        return work()
     except _PIPELINE_FAILURES as error:
         if _is_out_of_memory(error):
             return None
@@ -240,10 +261,22 @@ def _evaluating(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 @contextmanager
-def _together(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """All modules on the denoiser's device; what was elsewhere goes back."""
+def _places(pipeline: DiffusionPipeline, takes_turns: bool) -> Iterator[Decoding]:
+    """All modules on the denoiser's device, or its VAE in turn with it; what was elsewhere goes back."""
+    if not takes_turns:
+        with _together(pipeline, _modules(pipeline)):
+            yield nullcontext
+        return
+    others = [part for part in _modules(pipeline) if part is not pipeline.vae]
+    with _together(pipeline, others), taking_turns(pipeline.unet, pipeline.vae) as decoding:
+        yield decoding
+
+
+@contextmanager
+def _together(pipeline: DiffusionPipeline, parts: Sequence[nn.Module]) -> Iterator[None]:
+    """These on the denoiser's device; what was elsewhere goes back."""
     device = pipeline.unet.device
-    away = [(part, place) for part in _modules(pipeline) if (place := _device(part)) != device]
+    away = [(part, place) for part in parts if (place := _device(part)) != device]
     try:
         for part, _ in away:
             part.to(device)

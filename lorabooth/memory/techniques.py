@@ -115,8 +115,11 @@ def technique_problems(
         if problem:
             fix = 'write "int8", which needs no package' if memory.base_precision == "nf4" else 'write "auto"'
             found.append(f'memory.base_precision = "{memory.base_precision}": {problem}; or {fix}')
-    if memory.stream and place.type == "mps" and denoiser is None:
-        found.append("memory.stream: an Apple GPU has no memory of its own that could be saved; write false")
+    for key in ("stream", "in_turn"):
+        if getattr(memory, key) and place.type == "mps" and denoiser is None:
+            found.append(
+                f"memory.{key}: an Apple GPU has no memory of its own that could be saved; write false"
+            )
     if memory.attention == "xformers":
         sizes: Sequence[int] = (64,) if denoiser is None else attention.head_sizes(denoiser)
         problem = attention.xformers_problem(sizes, precision(memory, place).compute, place)

@@ -68,6 +68,11 @@ class Scene:
         """Whether the denoiser's frozen weights wait in a memory that is not the device's."""
         return self.is_cuda and self.recipe.memory.stream
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether denoiser and VAE are on the device one at a time while images are drawn."""
+        return self.is_cuda and self.recipe.memory.in_turn
+
     @contextmanager
     def world(self) -> Iterator[None]:
         """Where tensors are shapes, and arithmetic is the device's."""

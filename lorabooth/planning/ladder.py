@@ -79,7 +79,18 @@ def _streamable(recipe: Recipe, device: Device) -> str:
     return _on_cuda(recipe, device) or ("" if recipe.speed.compile == "off" else "not with speed.compile")
 
 
+def _movable(recipe: Recipe, device: Device) -> str:
+    return _on_cuda(recipe, device) or ("not with speed.cuda_graph" if recipe.speed.cuda_graph else "")
+
+
 LADDER: tuple[Rung, ...] = (
+    Rung(
+        "one part at a time",
+        _of(memory__in_turn=True),
+        _IMAGES,
+        "the VAE waits in host memory while the denoiser draws, the denoiser while it decodes; same images",
+        problem=_movable,
+    ),
     _fewer_images(4),
     _fewer_images(2),
     _fewer_images(1),

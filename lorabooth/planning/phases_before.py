@@ -5,13 +5,15 @@ Legend of shape suffixes: B batch, C latent channels, h w latent size.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from lorabooth.families.base import Parts
 from lorabooth.families.recast import recast
 from lorabooth.memory import apply
+from lorabooth.memory.in_turn import leaving
 from lorabooth.memory.meter import Meter, Usage
 from lorabooth.memory.stream import is_streamed, stream, streamed_tensors
 from lorabooth.planning import components as things
@@ -74,12 +76,12 @@ def _class_images(scene: Scene, parts: Parts, meter: Meter) -> None:
     encoded = things.blank_like(encoded, 2)
     if scene.is_cuda:
         meter.drop(*encoded.values())
-    _place(scene, artist, meter, things.DENOISER, things.VAE)
+    _place(scene, artist, meter, things.DENOISER, *(() if scene.takes_turns else (things.VAE,)))
     if artist is not parts and not scene.is_cuda:
         things.hold(meter, parts, (things.DENOISER,))
     if scene.streams:
         Ahead(artist.denoiser, meter, things.DENOISER)
-    draw(scene, artist, count, guidance=float(scene.recipe.prior.guidance), cond=encoded)
+    draw(scene, artist, meter, count, guidance=float(scene.recipe.prior.guidance), cond=encoded)
 
 
 def _caching(scene: Scene, parts: Parts) -> None:
@@ -97,7 +99,9 @@ def _caching(scene: Scene, parts: Parts) -> None:
             scene.family.encode_tokens(parts, things.blank_tokens(scene.family, parts, count))
 
 
-def draw(scene: Scene, parts: Parts, count: int, *, guidance: float, cond: Cond | None = None) -> None:
+def draw(
+    scene: Scene, parts: Parts, meter: Meter, count: int, *, guidance: float, cond: Cond | None = None
+) -> None:
     """A sampler step for `count` images at once, and the decoding of one; without autocast, as `generate`."""
     family = scene.family
     rows = 2 * count if guidance > 1 else count
@@ -119,4 +123,19 @@ def draw(scene: Scene, parts: Parts, count: int, *, guidance: float, cond: Cond 
             output = family.predict(parts, inputs, level_B, cond, (scene.geometry(parts),) * rows)
             del output
         del cond, copies, inputs, history
-        family.decode_latents(parts, latents[:1])
+        with _decoding(scene, parts, meter):
+            family.decode_latents(parts, latents[:1])
+
+
+@contextmanager
+def _decoding(scene: Scene, parts: Parts, meter: Meter) -> Iterator[None]:
+    """Where they take turns, the VAE is on the device inside and the denoiser is not."""
+    if not scene.takes_turns or parts.vae is None:
+        yield
+        return
+    waiting = leaving(parts.denoiser, things.SHAPES_ON)
+    meter.drop(*waiting)
+    meter.watch(things.VAE, parts.vae)
+    yield
+    meter.drop(*parts.vae.parameters(), *parts.vae.buffers())
+    meter.watch(things.DENOISER, *waiting)

@@ -252,12 +252,13 @@ def _previews(scene: Scene, stage: _Stage, meter: Meter) -> None:
     measured = 0 if recipe.run.select == "last" else recipe.run.select_images
     count = max(recipe.run.sample_count, measured) if at_once == "auto" else at_once
     with whole:
-        meter.watch(things.VAE, *filter(None, [parts.vae]))
+        if not scene.takes_turns:
+            meter.watch(things.VAE, *filter(None, [parts.vae]))
         if recipe.memory.hollow:
             meter.watch(things.DENOISER, *(p for p in parts.denoiser.parameters() if not p.requires_grad))
         guidance = float(scene.recipe.run.sample_guidance)
         cond = None if parts.text_encoders else stage.conds
-        draw(scene, parts, count, guidance=guidance, cond=cond)
+        draw(scene, parts, meter, count, guidance=guidance, cond=cond)
     for module in parts.components().values():
         module.train()
     if parts.vae is not None:  # it has left memory, and is kept here for another rehearsal at most

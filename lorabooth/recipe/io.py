@@ -32,6 +32,7 @@ CHANGEABLE = frozenset(
         "memory.checkpoint_blocks",
         "memory.checkpoint_offload",
         "memory.stream",
+        "memory.in_turn",
         "memory.vae_slicing",
         "memory.vae_tiling",
         "speed.compile",

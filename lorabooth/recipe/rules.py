@@ -238,6 +238,7 @@ def _speed_rules(recipe: Recipe) -> Iterator[Problem]:
         (memory.precision == "fp16", ("memory", "precision"), 'memory.precision = "fp16" has a loss scale'),
         (recipe.adapter.dropout > 0, ("adapter", "dropout"), "adapter.dropout draws anew in every step"),
         (memory.stream, ("memory", "stream"), "memory.stream moves weights between the kernels"),
+        (memory.in_turn, ("memory", "in_turn"), "memory.in_turn moves weights when samples are drawn"),
         (
             memory.checkpoint_offload,
             ("memory", "checkpoint_offload"),

@@ -182,6 +182,8 @@ class MemorySection(Section):
     """The VAE takes images one at a time."""
     vae_tiling: bool = False
     """The VAE takes images in overlapping tiles: less memory, slightly other latents and pixels."""
+    in_turn: bool = False
+    """Images are drawn with denoiser and VAE on the device one at a time; the other waits in host memory."""
     images_at_once: Auto | Annotated[int, Field(ge=1, le=64)] = "auto"
     """Images drawn together; "auto": class images 8 on a GPU and 4 on a CPU, samples all of a prompt."""
     hollow: bool = False

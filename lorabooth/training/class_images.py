@@ -204,10 +204,11 @@ class _Artist:
         # A run trains on what was loaded; only the drawing may be in fewer bits.
         parts = recast(replace(setting.parts, text_encoders={}), DTYPES[self.sampler.dtype])
         if parts.denoiser is setting.parts.denoiser:
-            setting.base.to(setting.device, "denoiser", "vae")
+            setting.base.to(setting.device, "denoiser")
         else:
-            setting.base.to(setting.device, "vae")
             parts.denoiser.to(setting.device)
+        if not setting.recipe.memory.in_turn:
+            setting.base.to(setting.device, "vae")
         count = setting.recipe.prior.count * len(self.prompts)
         compiling = _Compiling(setting, parts.denoiser, self.sampler, count, self._reporter)
         return _Tools(setting.family.pipeline(parts), compiling)
@@ -236,6 +237,7 @@ class _Artist:
             width_px=self.sampler.width_px,
             batch_size=min(len(prompts), self._most or len(prompts)),
             encoded=self._encoded,
+            in_turn=self._setting.recipe.memory.in_turn,
             on_latent=latents.__setitem__,
             on_smaller=self._smaller,
         )

@@ -30,6 +30,7 @@ class Easel:
         encoded: prompt -> text embedding, and "" for guidance; None while the text encoder is there.
         reporter: hears of progress.
         at_once: most images drawn together; None leaves it to the caller.
+        in_turn: denoiser and VAE are on the device one at a time.
         whole: context in which the denoiser is whole; of a hollowed one the deep middle is loaded again.
     """
 
@@ -42,6 +43,7 @@ class Easel:
     encoded: Mapping[str, Tensor] | None
     reporter: Reporter
     at_once: int | None = None
+    in_turn: bool = False
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, at_once: int) -> list[Image]:
@@ -66,5 +68,6 @@ class Easel:
                 width_px=self.side_px,
                 batch_size=at_once if self.at_once is None else min(self.at_once, len(prompts)),
                 encoded=self.encoded,
+                in_turn=self.in_turn,
                 reporter=self.reporter,
             )

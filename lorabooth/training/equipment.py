@@ -68,6 +68,7 @@ def easel_of(
         encoded=encoded,
         reporter=reporter,
         at_once=None if recipe.memory.images_at_once == "auto" else recipe.memory.images_at_once,
+        in_turn=recipe.memory.in_turn,
         whole=whole if recipe.memory.hollow else nullcontext,
     )
 

@@ -117,7 +117,8 @@ class Setting:
 
     def with_vae(self) -> Parts:
         """They, with a VAE; the caller drops the result to free what was loaded for it."""
-        complete = with_vae(self.family, self.parts, self.device)
+        place = torch.device("cpu") if self.recipe.memory.in_turn else self.device
+        complete = with_vae(self.family, self.parts, place)
         save_vae_memory(complete.vae, self.recipe.memory)
         return complete
 

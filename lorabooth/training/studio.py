@@ -34,6 +34,7 @@ class GenerateImages(Protocol):
         width_px: int | None = None,
         batch_size: int = 1,
         encoded: Mapping[str, Tensor] | None = None,
+        in_turn: bool = False,
         reporter: Reporter | None = None,
         on_latent: Callable[[int, Tensor], None] | None = None,
         on_smaller: Callable[[int], None] | None = None,

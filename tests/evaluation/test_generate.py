@@ -9,6 +9,7 @@ from PIL import Image
 
 from lorabooth.errors import LoraboothError, OutOfMemoryError, RecipeError
 from lorabooth.evaluation.generate import dpm_solver, generate
+from lorabooth.memory import in_turn
 
 PROMPTS = ("a photo of a dog", "a red mug in snow", "a painting of a cat", "a boot")
 SEEDS = (0, 7, 7, 2**62 + 1)
@@ -194,6 +195,33 @@ def test_one_image_that_does_not_fit_is_an_error(pipeline) -> None:
     pipeline.unet.register_forward_pre_hook(no_memory)
     with pytest.raises(OutOfMemoryError, match="48 x 32 px"):
         generate(pipeline, PROMPTS, SEEDS, batch_size=2, **SMALL)
+
+
+def test_denoiser_and_vae_in_turn_draw_the_same_images(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This CPU plays the device; memory runs out once while decoding, when the denoiser is away."""
+    expected = arrays(generate(pipeline, PROMPTS, SEEDS, batch_size=2, **SMALL))
+    monkeypatch.setattr(in_turn, "has_own_memory", lambda device: True)
+    weights = {id(p): p.detach().clone() for m in (pipeline.unet, pipeline.vae) for p in m.parameters()}
+    for parameter in (*pipeline.unet.parameters(), *pipeline.vae.parameters()):
+        parameter.requires_grad_(False)
+    decode, away = pipeline.vae.decode, []
+
+    def short_once(*args, **kwargs):
+        # What waits is a copy of its own.
+        away.append(pipeline.unet.conv_in.weight.data_ptr())
+        if len(away) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return decode(*args, **kwargs)
+
+    pipeline.vae.decode = short_once
+    place, heard = pipeline.unet.conv_in.weight.data_ptr(), Heard()
+    images = generate(pipeline, PROMPTS, SEEDS, batch_size=4, in_turn=True, reporter=heard, **SMALL)
+    assert (arrays(images) == expected).all()
+    assert len(heard.warnings) == 1
+    assert len(set(away)) == 1
+    assert place not in away
+    for module in (pipeline.unet, pipeline.vae):
+        assert all(torch.equal(p, weights[id(p)]) for p in module.parameters())
 
 
 def test_nan_becomes_a_black_image_and_a_warning(pipeline) -> None:

@@ -20,7 +20,7 @@ from lorabooth.evaluation.sample import file_name
 from lorabooth.families import registry
 from lorabooth.families.reload import with_vae
 from lorabooth.families.source import resolve
-from lorabooth.memory import meter_cuda, stream
+from lorabooth.memory import in_turn, meter_cuda, stream
 from lorabooth.memory.facts import Device, describe_device
 from lorabooth.memory.meter import Meter, Usage
 from lorabooth.planning import components as things
@@ -97,6 +97,7 @@ def measured_before(recipe: Recipe, work: Path, monkeypatch: pytest.MonkeyPatch)
     ahead, as on CUDA. What the run moves to its device is counted from then on, and not when it moves back.
     """
     _copy_ahead(monkeypatch)
+    monkeypatch.setattr(in_turn, "has_own_memory", lambda device: True)
     store, found = Store(work / "cache"), {}
     setting = replace(open_setting(recipe, Clock(), Silent()), device=torch.device("cpu", 0))
     with Meter(granule_bytes=meter_cuda.GRANULE_BYTES, host_counts=False) as meter:

@@ -98,7 +98,9 @@ def test_where_the_ladder_is_too_short_it_is_not_climbed(tiny_sd: Path) -> None:
     assert not made.fits
     assert len(asked) <= 5
     (everything,) = made.chosen
-    assert everything.name.startswith("1 image at once + VAE slicing + VAE tiling + checkpointing + ")
+    assert everything.name.startswith(
+        "one part at a time + 1 image at once + VAE slicing + VAE tiling + checkpointing + "
+    )
     assert everything.name.endswith(" + NF4 base + checkpoint offload + streamed base")
     assert everything.saved_bytes == 1400 * MIB
     assert made.recipe.memory.base_precision == "nf4"

@@ -213,7 +213,7 @@ def test_what_waits_in_host_memory_is_not_on_the_card(recipe_of) -> None:
     assert streamed[things.DENOISER] < plain[things.DENOISER] / 2
 
 
-@pytest.mark.parametrize("how", ["plain", "streamed", "in bf16"])
+@pytest.mark.parametrize("how", ["plain", "streamed", "in bf16", "in turn"])
 def test_a_base_draws_and_waits_as_was_predicted(
     recipe_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -223,6 +223,7 @@ def test_a_base_draws_and_waits_as_was_predicted(
         *("prior.mode=generated", "prior.count=2", "prior.sampler_steps=3", "model.dtype=fp32"),
         *(("memory.stream=true", "memory.checkpointing=true") if how == "streamed" else ()),
         *(("prior.dtype=bf16",) if how == "in bf16" else ()),
+        *(("memory.in_turn=true",) if how == "in turn" else ()),
         "memory.images_at_once=2",
     )
     told = predicted(recipe, CARD, phases=("class images", "caching"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import lorabooth
 from lorabooth.adapters import file
 from lorabooth.errors import RecipeError
+from lorabooth.memory import in_turn
 from tests.training import runs
 
 EXACT = {
@@ -46,6 +48,33 @@ def test_an_exact_technique_gives_the_plain_runs_adapter_through_an_interruption
     ours, theirs = file.read(resumed.adapter).tensors, file.read(plain.adapter).tensors
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert (tmp_path / "run" / "samples" / "step-000004" / "grid.png").is_file()
+
+
+def test_one_part_at_a_time_gives_the_plain_runs_adapter(
+    tiny_sd: Path,
+    photos: Path,
+    tmp_path: Path,
+    plain: lorabooth.RunResult,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """This CPU plays a card: in class images and samples, denoiser and VAE go and come."""
+    moved: list[int] = []
+    come = in_turn._Waiting.come
+
+    def coming(waiting: Any) -> None:
+        moved.append(sum(tensor.numel() for tensor in waiting._tensors))
+        come(waiting)
+
+    monkeypatch.setattr(in_turn, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(in_turn._Waiting, "come", coming)
+    monkeypatch.setenv("LORABOOTH_CACHE", str(tmp_path / "cache"))
+    run = runs.train(tiny_sd, photos, tmp_path / "run", *QUICK, "memory.in_turn=true", "run.sample_count=1")
+    ours, theirs = file.read(run.adapter).tensors, file.read(plain.adapter).tensors
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert (tmp_path / "run" / "samples" / "step-000004" / "grid.png").is_file()
+    denoisers = [numel for numel in moved if numel != min(moved)]
+    assert len(denoisers) == 5  # a group of class images, samples of two prompts before and after training
+    assert moved.count(min(moved)) >= 5
 
 
 @pytest.mark.parametrize("name", FEW_BITS)
