@@ -32,7 +32,9 @@ from benchmarks.facts import machine_facts
 from lorabooth.evaluation.embedders import ClipEmbedder, open_pocket_clip
 from lorabooth.evaluation.generate import generate
 from lorabooth.families import registry, source
+from lorabooth.families.recast import recast
 from lorabooth.families.sd import SD1
+from lorabooth.memory.apply import DTYPES
 from lorabooth.pocket.base import pocket_dir
 from lorabooth.pocket.judge import share
 from lorabooth.pocket.scenes import CLASSES, render, sample_scene
@@ -55,6 +57,7 @@ class Way:
         steps: of the sampler.
         guidance: its scale.
         interval: the noise levels at which guidance acts; None is all.
+        dtype: that the denoiser draws in.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Way:
     steps: int
     guidance: float
     interval: Interval | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
 
 
 def ways() -> list[Way]:
@@ -69,12 +73,14 @@ def ways() -> list[Way]:
     defaults = SD1.defaults
     low, high = defaults.class_guidance_interval
     scale, steps = defaults.class_guidance, defaults.class_sampler_steps
+    ours = f"DPM-Solver++, {steps} steps, interval"
     return [
         Way("PNDM, 50 steps (diffusers' script)", "checkpoint", 50, scale),
         Way("DPM-Solver++, 20 steps", "dpm++", 20, scale),
         Way("DPM-Solver++, 20 steps, interval", "dpm++", 20, scale, (low, high)),
         Way(f"DPM-Solver++, {steps} steps", "dpm++", steps, scale),
-        Way(f"DPM-Solver++, {steps} steps, interval (lorabooth for SD)", "dpm++", steps, scale, (low, high)),
+        Way(f"{ours} (lorabooth for SD)", "dpm++", steps, scale, (low, high)),
+        Way(f"{ours}, bf16 (on a CPU that has it)", "dpm++", steps, scale, (low, high), "bf16"),
     ]
 
 
@@ -101,7 +107,7 @@ def measure(way: Way, clip: ClipEmbedder, real_ND: NDArray[np.float32], per_clas
     """Draw and judge."""
     found = source.resolve("pocket")
     family = registry.family(found.family)
-    pipeline = family.pipeline(family.load(found, torch.float32))
+    pipeline = family.pipeline(recast(family.load(found, torch.float32), DTYPES[way.dtype]))
     if way.sampler == "checkpoint":
         kept = {key: pipeline.scheduler.config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
         prediction = pipeline.scheduler.config.prediction_type
