@@ -5,8 +5,13 @@ The public API; each name is imported when it is first used, so that `import lor
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# On processors with bf16 bitsandbytes reports at import, which peft and diffusers cause, that an optional
+# kernel is missing; what works is `lorabooth doctor`'s to say.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from lorabooth.adapters.blend_files import BlendReport, blend_files

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lorabooth.families.base import Family, Source
 from lorabooth.memory.facts import Device
@@ -12,18 +13,22 @@ from lorabooth.planning.forecast import Forecast, Phase, prepared
 from lorabooth.planning.keys import value_at, with_keys, without_fit, written_keys
 from lorabooth.planning.ladder import COUNTED, LADDER, Rung
 from lorabooth.planning.memory_plan import Case, Chosen, MemoryPlan, PassedOver, driver_bytes
+from lorabooth.progress import Reporter, Silent, Task
 from lorabooth.recipe import Recipe
 
+_MANY_FORECASTS = len(LADDER) + 4
+"""About as many as a climb to the ladder's end takes."""
 WORTH_SHARE = 0.01
 """A technique that makes no phase smaller by so much is not worth its cost."""
 
 
-def plan(recipe: Recipe, case: Case) -> MemoryPlan:
+def plan(recipe: Recipe, case: Case, reporter: Reporter | None = None) -> MemoryPlan:
     """Choose techniques; keys that the recipe has already are kept as they are.
 
     Args:
         recipe: "auto" in it is resolved for the device.
         case: base, device and budget.
+        reporter: hears of the progress: a large base on a small card takes more than a few seconds.
 
     Returns:
         A plan, which fits or says what would.
@@ -32,6 +37,20 @@ def plan(recipe: Recipe, case: Case) -> MemoryPlan:
         BaseModelError: the base's configs are missing or broken.
         RecipeError: the recipe asks for what the base cannot do.
     """
+    with (reporter or Silent()).task("planning", _MANY_FORECASTS, unit="forecast") as task:
+        return _plan(recipe, replace(case, predict=_counting(case.predict, task)))
+
+
+def _counting(predict: Callable[..., Forecast], task: Task) -> Callable[..., Forecast]:
+    def counted(*args: Any, **options: Any) -> Forecast:
+        made = predict(*args, **options)
+        task.advance()
+        return made
+
+    return counted
+
+
+def _plan(recipe: Recipe, case: Case) -> MemoryPlan:
     from lorabooth.planning.smaller import what_would_fit
 
     search = Search.begin(recipe, case)

@@ -59,7 +59,7 @@ def fitted(
         return _as_begun(recipe, begun, written), _told_then(begun)
     device = describe_device(process_state().device)
     budget = budget_for(device, recipe.memory.budget)
-    made = plan(recipe, case_of(source, family, device, budget, process_state().device))
+    made = plan(recipe, case_of(source, family, device, budget, process_state().device), reporter)
     if not made.fits:
         raise OutOfMemoryError(*too_little_text(made))
     lines = [fits_text(made), *(f"  {each.name}: {each.reason}" for each in made.chosen)]
@@ -93,7 +93,7 @@ def plan_for(recipe: Recipe, *, vram: str | None, device: str | None, reporter: 
         budget = budget_for(facts, recipe.memory.budget)
     recipe = from_mapping(recipe.model_dump(mode="json", exclude_unset=True), (), "the recipe")
     source, family = _base(recipe, reporter)
-    return plan(recipe, case_of(source, family, facts, budget, place))
+    return plan(recipe, case_of(source, family, facts, budget, place), reporter)
 
 
 def _base(recipe: Recipe, reporter: Reporter) -> tuple[Source, Family]:

@@ -67,7 +67,7 @@ def training(scene: Scene, wanted: Collection[str]) -> dict[str, Usage]:
 
     Args:
         scene: what is rehearsed.
-        wanted: whether "previews" are; training and saving are seen in any case.
+        wanted: of "training", "previews" and "saving"; the last is seen in any case.
     """
     found: dict[str, Usage] = {}
     with scene.world():
@@ -79,8 +79,10 @@ def training(scene: Scene, wanted: Collection[str]) -> dict[str, Usage]:
         del parts
         with scene.meter() as meter:
             stage = _ready(scene, setting, again, conds, meter)
-            _step(scene, stage, meter)
-            found["training"] = meter.usage()
+            # What a step leaves behind: gradients, where they stay for a recorded step.
+            if "training" in wanted or scene.recipe.speed.cuda_graph:
+                _step(scene, stage, meter)
+                found["training"] = meter.usage()
             if "previews" in wanted:
                 meter.reset_peak()
                 _previews(scene, stage, meter)

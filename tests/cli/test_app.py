@@ -148,6 +148,12 @@ def test_an_interrupt_is_exit_code_130() -> None:
     assert errors.startswith("error: interrupted")
 
 
+def test_libraries_say_nothing_when_they_are_imported() -> None:
+    code = "import lorabooth, lorabooth.api, lorabooth.protocol.run, bitsandbytes"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
 def test_output_into_a_closed_pipe_is_no_defect() -> None:
     command = f"{sys.executable} -m lorabooth doctor --json | head -c 5"
     found = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
