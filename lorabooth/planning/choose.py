@@ -156,9 +156,9 @@ class Search:
         if self.too_large():
             return
         for each in reversed(self.chosen[:-1]):
-            slack = self.case.budget.usable_bytes - self.phases[each.phase].usage.peak_bytes
-            if each.saved_bytes <= slack and not self._is_needed_by_others(each):
-                self._try_without(each)
+            # What it saved may be more than what is free now, and yet be saved again by what came later.
+            if not self._is_needed_by_others(each):
+                self._give_back(each)
         self._fewest_blocks()
 
     def _kept(self, rung: Rung) -> str:
@@ -216,14 +216,25 @@ class Search:
             key in other.keys for other in self.chosen for key in further
         )
 
-    def _try_without(self, each: Chosen) -> None:
-        undone = {key: value_at(Recipe(), key) for key in each.keys}
-        changed = with_keys(self.recipe, undone)
-        after = self._phases_of(changed, each.phases)
-        if all(phase.usage.peak_bytes <= self.case.budget.usable_bytes for phase in after.values()):
-            self.chosen.remove(each)
+    def _give_back(self, each: Chosen) -> None:
+        """Go without a technique, or with a milder one that sets the same keys, if all still fits."""
+        alike = [rung for rung in LADDER if rung.keys.keys() == each.keys.keys()]
+        milder = alike[: [rung.name for rung in alike].index(each.name)]
+        without = {key: value_at(Recipe(), key) for key in each.keys}
+        for rung in (None, *milder):
+            changed = with_keys(self.recipe, rung.keys if rung else without)
+            after = self._phases_of(changed, each.phases)
+            if any(phase.usage.peak_bytes > self.case.budget.usable_bytes for phase in after.values()):
+                continue
+            more = after[each.phase].usage.peak_bytes - self.phases[each.phase].usage.peak_bytes
+            saved = each.saved_bytes - more
+            place = self.chosen.index(each)
+            self.chosen[place : place + 1] = (
+                [replace(each, name=rung.name, keys=rung.keys, saved_bytes=saved)] if rung else []
+            )
             self.recipe = changed
             self.phases.update(after)
+            return
 
     def _fewest_blocks(self) -> None:
         """The smallest number of recomputed blocks that fits."""

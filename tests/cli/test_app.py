@@ -150,7 +150,9 @@ def test_an_interrupt_is_exit_code_130() -> None:
 
 def test_libraries_say_nothing_when_they_are_imported() -> None:
     code = "import lorabooth, lorabooth.api, lorabooth.protocol.run, bitsandbytes"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 

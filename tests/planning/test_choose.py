@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorabooth.memory.facts import Device
+from lorabooth.memory.meter import Usage
 from lorabooth.planning.choose import plan
 from lorabooth.planning.forecast import PHASES, Forecast
 from lorabooth.planning.keys import value_at, with_keys, written_keys
@@ -69,6 +71,29 @@ def test_what_turns_out_not_to_be_needed_is_given_back(tiny_sd: Path) -> None:
     assert made.fits
     assert names(made)[1:] == ["int8 base"]
     assert value_at(made.recipe, COUNTED) != "auto"
+
+
+def test_what_a_later_technique_saves_as_well_is_given_back(tiny_sd: Path) -> None:
+    """Class images fit when the base is streamed: then with more at once, and without coarser weights."""
+
+    def predict(known: Recipe, *given: Any, phases: Collection[str] = PHASES) -> Forecast:
+        told = arithmetic(known, *given, phases=phases)
+        spared = 780 * MIB if known.memory.stream else 0
+        phases_told = [
+            replace(each, usage=Usage(each.usage.peak_bytes - spared, each.usage.at_peak))
+            if each.name == "class images"
+            else each
+            for each in told.phases
+        ]
+        return replace(told, phases=tuple(phases_told))
+
+    made = plan(recipe(tiny_sd), case(tiny_sd, 900 * MIB, predict=predict))
+    assert made.fits
+    assert names(made) == ["2 images at once", "checkpointing", "streamed base"]
+    images = made.chosen[0]
+    assert (images.phase, images.saved_bytes) == ("class images", 1200 * MIB)
+    assert made.recipe.memory.images_at_once == 2
+    assert (made.recipe.memory.base_precision, made.recipe.optim.name) == ("auto", "adamw")
 
 
 def test_techniques_are_in_the_ladders_order(tiny_sd: Path) -> None:
