@@ -8,6 +8,7 @@ SD1.5 by its published architecture, 512 px, rank 16 on attention, one subject a
 its maximum in that phase (`torch.cuda.max_memory_allocated`); the CUDA context comes on top. Where there is a
 GPU, each row is trained for some steps with random weights of that architecture, in a process of its own, and
 its maximum, its step time and the miss of the prediction are written beside; elsewhere "not measured".
+So are the phases that draw and encode, with the techniques for them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +33,7 @@ from benchmarks.published import write_config_folder  # noqa: E402
 from benchmarks.training_recipe import own_class_images, write_recipe  # noqa: E402
 
 NOT_MEASURED = "not measured"
+_SETTLING = 3
 _ALL: Mapping[str, object] = MappingProxyType({"memory.checkpointing": True})
 _NF4 = {**_ALL, "memory.base_precision": "nf4"}
 # Name -> overrides; each row holds all that it needs, so that rows can be run alone.
@@ -55,6 +57,34 @@ ROWS: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "hollow": {"memory.hollow": True},
     }
 )
+# Likewise of the phases that draw and encode.
+DRAWING: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {
+        "8 images at once": {},
+        "one part at a time": {"memory.in_turn": True},
+        "1 image at once": {"memory.images_at_once": 1},
+        "1 image at once, in turn": {"memory.images_at_once": 1, "memory.in_turn": True},
+        "VAE tiling": {"memory.vae_tiling": True},
+        "streamed": {**_ALL, "memory.stream": True},
+        "1 image at once, in turn, VAE tiling, streamed": {
+            **_ALL,
+            "memory.images_at_once": 1,
+            "memory.in_turn": True,
+            "memory.vae_tiling": True,
+            "memory.stream": True,
+        },
+    }
+)
+DRAWING_PHASES = ("class images", "caching", "previews")
+_DRAWS: Mapping[str, object] = MappingProxyType(
+    {
+        "prior.mode": "generated",
+        "prior.images": "",
+        "prior.count": 8,
+        "prior.sampler_steps": 4,
+        "optim.steps": 1,
+    }
+)
 TRAIN = """
 import json, sys
 from pathlib import Path
@@ -64,8 +94,10 @@ result = lorabooth.train(load(Path(sys.argv[1]), sys.argv[3:]), out=Path(sys.arg
 """
 
 
-def predicted(base: Path, recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The training phase by the forecast, in bytes; the context apart."""
+def predicted(
+    base: Path, recipe: Path, overrides: Sequence[str], phases: Sequence[str] = ("training",)
+) -> dict[str, dict[str, Any]]:
+    """Phase -> its forecast, in bytes; the context apart."""
     from lorabooth.families import registry
     from lorabooth.families.source import resolve
     from lorabooth.planning.budget import GIB, card
@@ -79,17 +111,22 @@ def predicted(base: Path, recipe: Path, overrides: Sequence[str]) -> dict[str, A
         source,
         registry.family(source.family),
         card(24 * GIB),
-        phases=("training",),
-    ).phase("training")
+        phases=phases,
+    )
+    took_s = round(time.perf_counter() - began_s, 2)
     return {
-        "allocated_bytes": found.allocated_bytes,
-        "at_peak_bytes": dict(found.usage.at_peak),
-        "seconds_to_predict": round(time.perf_counter() - began_s, 2),
+        phase.name: {
+            "allocated_bytes": phase.allocated_bytes,
+            "at_peak_bytes": dict(phase.usage.at_peak),
+            "seconds_to_predict": took_s,
+        }
+        for phase in found.phases
+        if phase.name in phases
     }
 
 
 def measured(work: Path, recipe: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The same recipe trained on the GPU of this machine: the allocator's maximum, and the step's median."""
+    """The same recipe run on the GPU of this machine: the allocator's maxima, and the step's median."""
     out = work / f"run-{name.replace(' ', '-').replace(',', '')}"
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, str(recipe), str(out), *overrides],
@@ -102,9 +139,10 @@ def measured(work: Path, recipe: Path, name: str, overrides: Sequence[str]) -> d
         return {"failed": done.stderr.strip().splitlines()[-1:]}
     facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps_s = [json.loads(line)["step_s"] for line in lines][_SETTLING:]
     return {
-        "allocated_bytes": facts["peak_memory_by_phase_bytes"]["training"],
-        "step_s": statistics.median([json.loads(line)["step_s"] for line in lines][3:]),
+        "allocated_bytes": facts["peak_memory_by_phase_bytes"],
+        "step_s": statistics.median(steps_s) if steps_s else None,
     }
 
 
@@ -114,7 +152,8 @@ def main() -> None:
     parser.add_argument("--base", choices=("sd15", "sd21"), default="sd15")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--steps", type=int, default=13, help="of each measured row; three are left out")
-    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW")
+    names = [*ROWS, *DRAWING]
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "vram.json")
     args = parser.parse_args()
     import torch
@@ -125,11 +164,17 @@ def main() -> None:
         work = Path(temporary)
         recipe = _prepare(work, args, whole=has_gpu)
         for name in args.rows:
-            overrides = [f"{key}={json.dumps(value)}" for key, value in ROWS[name].items()]
-            row = {"set": overrides, "predicted": predicted(work / "model", recipe, overrides)}
-            row["measured"] = measured(work, recipe, name, overrides) if has_gpu else NOT_MEASURED
+            draws = name in DRAWING
+            settings = {**_DRAWS, **DRAWING[name]} if draws else ROWS[name]
+            overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+            phases = DRAWING_PHASES if draws else ("training",)
+            row: dict[str, Any] = {
+                "set": overrides,
+                "predicted": predicted(work / "model", recipe, overrides, phases),
+                "measured": measured(work, recipe, name, overrides) if has_gpu else NOT_MEASURED,
+            }
             rows[name] = row
-            print(_line(name, row), file=sys.stderr, flush=True)
+            print("\n".join(_lines(name, row)), file=sys.stderr, flush=True)
     result = {
         "what": __doc__.splitlines()[0],
         "machine": machine_facts(),
@@ -139,7 +184,8 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print("\n".join([_HEADER, *(_line(name, row) for name, row in rows.items()), f"\nwritten to {args.out}"]))
+    lines = [line for name, row in rows.items() for line in _lines(name, row)]
+    print("\n".join([_HEADER, *lines, f"\nwritten to {args.out}"]))
 
 
 def _prepare(work: Path, args: argparse.Namespace, *, whole: bool) -> Path:
@@ -163,21 +209,20 @@ def _prepare(work: Path, args: argparse.Namespace, *, whole: bool) -> Path:
     return write_recipe(work / "recipe.toml", work / "model", work / "photos", settings)
 
 
-_HEADER = f"{'training':<32} {'predicted':>10} {'measured':>13} {'miss':>7} {'step':>9}"
+_HEADER = f"{'with':<46} {'in':<12} {'predicted':>10} {'measured':>13} {'miss':>7} {'step':>9}"
 
 
-def _line(name: str, row: Mapping[str, Any]) -> str:
-    wanted = row["predicted"]["allocated_bytes"]
+def _lines(name: str, row: Mapping[str, Any]) -> Iterator[str]:
     found = row["measured"]
-    if not isinstance(found, dict):
-        return f"{name:<32} {wanted / 2**30:>6.2f} GiB {found:>13}"
-    if "failed" in found:
-        return f"{name:<32} {wanted / 2**30:>6.2f} GiB {'failed':>13}"
-    real = found["allocated_bytes"]
-    return (
-        f"{name:<32} {wanted / 2**30:>6.2f} GiB {real / 2**30:>9.2f} GiB {wanted / real - 1:>+7.1%} "
-        f"{found['step_s']:>7.3f} s"
-    )
+    for phase, told in row["predicted"].items():
+        wanted = told["allocated_bytes"]
+        begin = f"{name:<46} {phase:<12} {wanted / 2**30:>6.2f} GiB"
+        if not isinstance(found, dict) or "failed" in found:
+            yield f"{begin} {found if isinstance(found, str) else 'failed':>13}"
+            continue
+        real = found["allocated_bytes"][phase]
+        step = f"{found['step_s']:>7.3f} s" if phase == "training" else ""
+        yield f"{begin} {real / 2**30:>9.2f} GiB {wanted / real - 1:>+7.1%} {step}"
 
 
 if __name__ == "__main__":
