@@ -83,6 +83,7 @@ _DRAWS: Mapping[str, object] = MappingProxyType(
         "prior.count": 8,
         "prior.sampler_steps": 4,
         "optim.steps": 1,
+        "run.sample_count": 4,
     }
 )
 TRAIN = """
