@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -76,6 +78,27 @@ def test_leaving_early_ends_the_thread(error: type[BaseException]) -> None:
         raise error
     assert not _threads()
     assert len(made) <= 3
+
+
+def test_the_thread_computes_alone_and_has_no_team_that_slows_the_step() -> None:
+    """More OpenMP threads than cores wait asleep, all of them, between any two operations."""
+
+    def busy(step: int) -> tuple[int, int]:
+        return int(torch.full((2_000_000,), step).add_(1).max()), torch.get_num_threads()
+
+    number = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        busy(0)
+        before = psutil.Process().num_threads()
+        with ahead(busy, range(3)) as give:
+            assert [give() for _ in range(3)] == [(1, 1), (2, 1), (3, 1)]
+            assert psutil.Process().num_threads() == before + 1
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as others:
+            assert others.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(number)
 
 
 def test_an_empty_range_makes_nothing() -> None:
