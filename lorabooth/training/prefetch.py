@@ -129,9 +129,9 @@ def ahead(make_step: Callable[[int], Made], steps: range, depth: int = DEPTH) ->
 def _keep_to_one_core(executor: Executor) -> None:
     """Let an executor's one thread compute alone; the others keep their number of threads.
 
-    Otherwise it has a team of OpenMP threads of its own. Together they are more than there are cores, for which
-    libgomp lets all of them wait asleep: every small operation of the step then waits to be woken, and a step
-    on two cores takes a quarter to a half longer.
+    Otherwise it has a team of OpenMP threads of its own. With more threads than cores libgomp lets all of
+    them wait asleep: every small operation of the step then waits to be woken, and a step on two cores takes
+    a quarter to a half longer.
     """
     number = torch.get_num_threads()
     executor.submit(_compute_alone).result()
