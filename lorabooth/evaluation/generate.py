@@ -157,7 +157,7 @@ def _batch(
 
     def draw() -> Tensor:
         given = {**options, **conditioning()}
-        with _without_text_encoder(pipeline):
+        with _denoiser_alone(pipeline):
             drawn: Tensor = pipeline(**given, generator=generators, output_type="latent").images
         return drawn
 
@@ -226,14 +226,14 @@ def _decode(pipeline: DiffusionPipeline, latent_1Chw: Tensor) -> tuple[Image, bo
 
 
 @contextmanager
-def _without_text_encoder(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """The pipeline casts embeddings to the text encoder's dtype, and only without one to the denoiser's."""
-    text_encoder = pipeline.text_encoder
-    pipeline.text_encoder = None
+def _denoiser_alone(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """The pipeline has no other module: it takes dtype and device of whichever it finds first."""
+    text_encoder, vae = pipeline.text_encoder, pipeline.vae
+    pipeline.text_encoder = pipeline.vae = None
     try:
         yield
     finally:
-        pipeline.text_encoder = text_encoder
+        pipeline.text_encoder, pipeline.vae = text_encoder, vae
 
 
 @contextmanager

@@ -213,6 +213,12 @@ def test_denoiser_and_vae_in_turn_draw_the_same_images(pipeline, monkeypatch: py
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
         return decode(*args, **kwargs)
 
+    def drawing(*args):
+        # A pipeline takes the device of the first module that it finds; a VAE that waits is on another.
+        assert pipeline._execution_device == pipeline.unet.device
+        assert pipeline.vae is pipeline.text_encoder is None
+
+    pipeline.unet.register_forward_pre_hook(drawing)
     pipeline.vae.decode = short_once
     place, heard = pipeline.unet.conv_in.weight.data_ptr(), Heard()
     images = generate(pipeline, PROMPTS, SEEDS, batch_size=4, in_turn=True, reporter=heard, **SMALL)
