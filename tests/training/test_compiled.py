@@ -171,11 +171,22 @@ def test_a_compiled_run_is_the_same_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "most", "mean"), [("fp32", 2, 0.01), ("bf16", 30, 2)])
 def test_compiled_class_images_are_the_same_images(
-    tiny_sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    most: int,
+    mean: float,
 ) -> None:
-    """With and without guidance the denoiser sees two sizes of batch; both are compiled."""
+    """With and without guidance the denoiser sees two sizes of batch; both are compiled.
+
+    In bf16 a compiled block rounds less often than the operations one by one.
+    """
     few = ("prior.count=8", "prior.sampler_steps=4", "memory.images_at_once=4", "optim.steps=1")
+    few = (*few, f"prior.dtype={dtype}")
     pixels, facts = {}, {}
     for mode in ("off", "on"):
         torch._dynamo.reset()
@@ -187,7 +198,9 @@ def test_compiled_class_images_are_the_same_images(
     assert facts["on"]["speed"]["compile"] == "on"
     assert facts["on"]["drawn"] == 8
     assert "speed" not in facts["off"]
-    assert np.abs(pixels["on"] - pixels["off"]).max() <= 2
+    apart = np.abs(pixels["on"] - pixels["off"])
+    assert apart.max() <= most
+    assert apart.mean() <= mean
     assert np.abs(np.diff(pixels["on"], axis=0)).max() > 20
 
 
