@@ -128,8 +128,8 @@ def ratios(cases: Cases) -> dict[str, Any]:
     """Speeds and memory of merging, beside `cp` and beside diffusers.
 
     "speed" is the other's median wall time over ours; ours ends when the disk has the bytes, the other's does
-    so only where "and sync" stands. "speed_of_fastest" holds the fastest round against the fastest: where a
-    virtual machine has to be given its memory page by page, a `cp` takes three times as long as the next one.
+    so only where "and sync" stands. "speed_of_fastest" holds the fastest round against the fastest: on a
+    virtual machine one `cp` may take three times as long as the next, all of it in the kernel.
     "speed_before_disk" leaves out ours after everything was written, when it only waits for the disk: what
     `cp` does not do.
     """
