@@ -230,7 +230,7 @@ class Search:
             saved = each.saved_bytes - more
             place = self.chosen.index(each)
             self.chosen[place : place + 1] = (
-                [replace(each, name=rung.name, keys=rung.keys, saved_bytes=saved)] if rung else []
+                [Chosen(rung.name, rung.keys, rung.reason, each.phase, saved, rung.phases)] if rung else []
             )
             self.recipe = changed
             self.phases.update(after)

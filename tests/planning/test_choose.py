@@ -12,7 +12,7 @@ import pytest
 
 from lorabooth.memory.facts import Device
 from lorabooth.memory.meter import Usage
-from lorabooth.planning.choose import plan
+from lorabooth.planning.choose import Search, plan
 from lorabooth.planning.forecast import PHASES, Forecast
 from lorabooth.planning.keys import value_at, with_keys, written_keys
 from lorabooth.planning.ladder import COUNTED, LADDER
@@ -94,6 +94,19 @@ def test_what_a_later_technique_saves_as_well_is_given_back(tiny_sd: Path) -> No
     assert (images.phase, images.saved_bytes) == ("class images", 1200 * MIB)
     assert made.recipe.memory.images_at_once == 2
     assert (made.recipe.memory.base_precision, made.recipe.optim.name) == ("auto", "adamw")
+
+
+def test_a_milder_technique_is_told_with_its_own_reason(tiny_sd: Path) -> None:
+    written = recipe(tiny_sd, *QUIET, "memory.checkpointing=true")
+    search = Search.begin(written, case(tiny_sd, 600 * MIB, predict=arithmetic))
+    nf4 = next(rung for rung in LADDER if rung.name == "NF4 base")
+    assert search._take(nf4, ("training",))
+    search._give_back(search.chosen[0])
+    (chosen,) = search.chosen
+    int8 = next(rung for rung in LADDER if rung.name == "int8 base")
+    assert (chosen.name, chosen.keys, chosen.reason) == (int8.name, int8.keys, int8.reason)
+    assert (chosen.phase, chosen.saved_bytes) == ("training", 400 * MIB)
+    assert search.recipe.memory.base_precision == "int8"
 
 
 def test_techniques_are_in_the_ladders_order(tiny_sd: Path) -> None:
